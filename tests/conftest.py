@@ -1,0 +1,15 @@
+"""Settings that every test shares."""
+
+from __future__ import annotations
+
+from hypothesis import HealthCheck, settings
+
+# No deadline: a slow machine is no bug. No database: runs leave nothing behind in the tree.
+settings.register_profile(
+    "vqbench",
+    deadline=None,
+    database=None,
+    print_blob=True,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
+)
+settings.load_profile("vqbench")

@@ -1,0 +1,60 @@
+import pytest
+import torch
+
+from vqkernels.errors import TensorError, UnsupportedError
+from vqkernels.quantize import quantize
+from vqkernels.spec import CodebookSpec
+
+
+def make(**fields):
+    return CodebookSpec(**{"stages": (16,), "vector_length": 4} | fields)
+
+
+@pytest.mark.parametrize(
+    ("weight", "options", "message"),
+    [
+        (torch.zeros(64), {}, r"weight: torch.float32 \[64\]"),
+        (torch.zeros(2, 64, 8), {}, r"\[2, 64, 8\]"),
+        (torch.zeros(64, 64, dtype=torch.int32), {}, "torch.int32"),
+        (torch.full((64, 64), torch.nan), {}, "weight: holds NaN"),
+        (torch.full((64, 64), 1e300, dtype=torch.float64), {}, "weight: holds NaN or infinity"),
+        (torch.zeros(64, 64), {"weights": torch.ones(63)}, r"weights: shape \[63\]"),
+        (torch.zeros(64, 64), {"weights": -torch.ones(64)}, "weights: must be"),
+        (torch.zeros(64, 64), {"weights": torch.full((64,), torch.nan)}, "weights: must be"),
+        (torch.zeros(64, 64), {"bias": torch.zeros(63)}, "bias"),
+        (torch.zeros(64, 64), {"bias": torch.full((64,), torch.inf)}, "bias"),
+    ],
+)
+def test_bad_input_is_one_line(weight, options, message):
+    with pytest.raises(TensorError, match=message) as caught:
+        quantize(weight, make(), **options)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"rotation_size": 8}, "rotation_size = 8"),
+        ({"outlier_columns": 8}, "outlier_columns = 8"),
+        ({"uniform_columns": 8}, "uniform_columns = 8"),
+        ({"permuted": True}, "permuted = True"),
+        ({"zero_axis": "row"}, "zero_axis = 'row'"),
+        ({"distance": "cosine"}, "distance = 'cosine'"),
+        ({"coefficients": (0.5,)}, "coefficients = "),
+        ({"method": "opq"}, "method = 'opq'"),
+        ({"stages": (4096,)}, "4,096 entries for 1,024 vectors"),
+    ],
+)
+def test_what_no_method_fills_is_refused(fields, message):
+    with pytest.raises(UnsupportedError, match=message) as caught:
+        quantize(torch.ones(64, 64), make(**fields))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "fields", [{"codebook_dtype": "float16"}, {"scale_axis": "row", "side_dtype": "float16"}]
+)
+def test_values_beyond_float16_are_refused(fields):
+    with pytest.raises(UnsupportedError, match="float16 can't hold") as caught:
+        quantize(torch.ones(64, 64) * 1e6, make(**fields))
+    assert "\n" not in str(caught.value)

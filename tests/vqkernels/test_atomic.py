@@ -1,0 +1,154 @@
+"""Files are written whole or not at all: by way of the container, which is what writes most."""
+
+from __future__ import annotations
+
+import errno
+import os
+import resource
+import shutil
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from vqkernels import container
+from vqkernels.errors import ContainerError
+from vqkernels.presets import PRESETS
+from vqkernels.tensor import random_tensor
+
+SMALL = {"layer": random_tensor(PRESETS["toy-16-4"], 16, 16)}
+LARGER = {"layer": random_tensor(PRESETS["vq-256x8"], 256, 128)}
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "layer.safetensors"
+
+
+@pytest.fixture(params=["new", "existing"])
+def target(request: pytest.FixtureRequest, path: Path) -> Iterator[Path]:
+    """A path to save to; afterwards it must be as it was, with nothing beside it."""
+    before = b"what was here before" if request.param == "existing" else None
+    if before is not None:
+        path.write_bytes(before)
+    yield path
+    assert (path.read_bytes() if path.exists() else None) == before
+    assert [entry.name for entry in path.parent.iterdir()] == ([path.name] if before else [])
+
+
+def fails_to_save(path: Path, says: str) -> None:
+    with pytest.raises(ContainerError, match=says) as caught:
+        container.save(path, LARGER)
+    assert str(caught.value).startswith(f"{path}: ")
+    assert "\n" not in str(caught.value)
+
+
+def raiser(error: BaseException) -> Any:
+    def fail(*_args: object, **_options: object) -> None:
+        raise error
+
+    return fail
+
+
+def test_a_full_disk_is_seen_before_writing(target: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened = []
+    monkeypatch.setattr(Path, "open", lambda *args: opened.append(args))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(9999, 9000, 999))
+    fails_to_save(target, r"needs \d,\d{3} bytes, but its disk has 999 left; free some space")
+    assert not opened
+
+
+@pytest.mark.parametrize("call", ["fsync", "replace"])
+@pytest.mark.parametrize(
+    ("code", "says"),
+    [
+        (errno.ENOSPC, "No space left.*free some space"),
+        (errno.EDQUOT, "free some space"),
+        (errno.EACCES, "Permission denied.*may write"),
+        (errno.EIO, "check the disk"),
+    ],
+)
+def test_an_error_of_the_disk(
+    call: str, code: int, says: str, target: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    owner = os if call == "fsync" else Path
+    monkeypatch.setattr(owner, call, raiser(OSError(code, os.strerror(code))))
+    fails_to_save(target, says)
+
+
+def test_a_write_that_the_system_cuts_short(target: Path) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
+    try:
+        fails_to_save(target, "File too large.*ulimit")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.parametrize("owner", [os, Path], ids=["while writing", "before the rename"])
+def test_ctrl_c_leaves_nothing(owner: Any, target: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    call = "fsync" if owner is os else "replace"
+    monkeypatch.setattr(owner, call, raiser(KeyboardInterrupt()))
+    with pytest.raises(KeyboardInterrupt):
+        container.save(target, LARGER)
+
+
+def test_a_folder_that_is_not_there(tmp_path: Path) -> None:
+    fails_to_save(tmp_path / "none" / "x.safetensors", "make the folder first")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_is_a_file(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    fails_to_save(tmp_path / "file" / "x.safetensors", "make the folder first")
+
+
+def test_a_target_that_is_a_folder(tmp_path: Path) -> None:
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    fails_to_save(folder, "it is a folder")
+    assert list(tmp_path.iterdir()) == [folder]
+    assert list(folder.iterdir()) == []
+
+
+def test_an_existing_file_is_replaced_in_one_step(path: Path) -> None:
+    container.save(path, {"old": SMALL["layer"]})
+    with path.open("rb") as old:
+        container.save(path, {"new": LARGER["layer"]})
+        # whoever had it open still reads the old one, whole: it wasn't written over
+        assert b"old/codes" in old.read()
+    assert list(container.load(path)) == ["new"]
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_the_bytes_are_on_the_disk_before_they_get_the_name(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    events = []
+    fsync, replace = os.fsync, Path.replace
+
+    def log_fsync(descriptor: int) -> None:
+        kind = "folder" if stat.S_ISDIR(os.fstat(descriptor).st_mode) else "file"
+        events.append((kind, os.fstat(descriptor).st_size if kind == "file" else None))
+        fsync(descriptor)
+
+    def log_replace(self: Path, new: Path) -> Path:
+        assert self.parent == new.parent
+        events.append(("rename", None))
+        return replace(self, new)
+
+    monkeypatch.setattr(os, "fsync", log_fsync)
+    monkeypatch.setattr(Path, "replace", log_replace)
+    container.save(path, SMALL)
+    assert events == [("file", path.stat().st_size), ("rename", None), ("folder", None)]
+
+
+def test_the_mode_is_that_of_any_new_file(path: Path) -> None:
+    umask = os.umask(0o027)
+    try:
+        container.save(path, SMALL)
+    finally:
+        os.umask(umask)
+    assert stat.S_IMODE(path.stat().st_mode) == 0o640

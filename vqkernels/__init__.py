@@ -1,0 +1,32 @@
+"""Codebook-quantised matrices and the kernels that multiply by them.
+
+What a serving stack imports. It knows nothing of tuning or benchmarks, and importing it needs
+no driver, CUDA, Triton or numba: a kernel's backend is imported when the registry is asked.
+"""
+
+from vqkernels.errors import (
+    BackendError,
+    ConfigError,
+    ContainerError,
+    SpecError,
+    TensorError,
+    UnsupportedError,
+    VqError,
+)
+from vqkernels.parts import BitCount, effective_bits
+from vqkernels.spec import CodebookSpec
+
+__all__ = [
+    "BackendError",
+    "BitCount",
+    "CodebookSpec",
+    "ConfigError",
+    "ContainerError",
+    "SpecError",
+    "TensorError",
+    "UnsupportedError",
+    "VqError",
+    "effective_bits",
+]
+
+__version__ = "0.1.0"

@@ -1,0 +1,75 @@
+"""Files that are written whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import shutil
+import uuid
+from collections.abc import Sequence
+from pathlib import Path
+
+from vqkernels.errors import ContainerError
+
+__all__ = ["write_atomically"]
+
+_SPACE = "free some space or choose another disk"
+_FOLDER = "make the folder first"
+_RIGHTS = "choose a folder that you may write to"
+_HINTS = {
+    errno.ENOSPC: _SPACE,
+    errno.EDQUOT: _SPACE,
+    errno.ENOENT: _FOLDER,
+    errno.ENOTDIR: _FOLDER,
+    errno.EACCES: _RIGHTS,
+    errno.EPERM: _RIGHTS,
+    errno.EROFS: _RIGHTS,
+    errno.EFBIG: "raise the limit on file sizes (ulimit -f)",
+    errno.EISDIR: "it is a folder: give the name of a file in it",
+}
+
+
+def write_atomically(path: Path, pieces: Sequence[bytes | memoryview]) -> None:
+    """Write the bytes of `pieces`, one after the other, to `path`, replacing what is there.
+
+    A temporary file in the same folder gets the bytes and, once they are on the disk, the name.
+    Raises ContainerError where that fails; then, as after Ctrl-C, nothing is left behind and
+    what was at `path` is untouched.
+    """
+    temporary = path.parent / f".vqbench-{uuid.uuid4().hex}.tmp"
+    need = sum(memoryview(piece).nbytes for piece in pieces)
+    try:
+        have = shutil.disk_usage(path.parent).free
+        if need > have:
+            raise ContainerError(
+                f"{path}: needs {need:,} bytes, but its disk has {have:,} left; {_SPACE}"
+            )
+        with temporary.open("xb") as file:
+            for piece in pieces:
+                file.write(piece)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError as error:
+        hint = _HINTS.get(error.errno or 0, "check the disk, or choose another one")
+        reason = error.strerror or str(error)
+        raise ContainerError(
+            f"{path}: can't be written ({reason}, {need:,} bytes); {hint}"
+        ) from error
+    finally:
+        # after the rename nothing has this name any more
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+    _sync_folder(path.parent)
+
+
+def _sync_folder(folder: Path) -> None:
+    # The file is whole already; this makes its name outlast a power cut, where the file system
+    # can do that (some network ones refuse).
+    with contextlib.suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

@@ -1,0 +1,191 @@
+"""Device and detect(): where a problem runs, from what the system itself reports.
+
+Peak rates that no driver tells are data in `devices/*.toml`, or None: never invented.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import platform
+import re
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from vqkernels.errors import BackendError
+
+__all__ = ["Device", "detect", "detect_cpu", "detect_gpus", "known_devices"]
+
+_KNOWN = Path(__file__).parent / "devices"
+_SYSTEM_CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Device:
+    """A CPU or GPU. Sizes in bytes, rates per second, None where nobody has told.
+
+    arch: `x86_64-avx512`, `sm_90`.
+    units: threads a CPU run may use, or multiprocessors.
+    llc_bytes: the last-level cache: the L3 of a CPU, the L2 of a GPU.
+    bandwidth: peak of main memory; flops: peak by input dtype, fp32 accumulation.
+    """
+
+    kind: Literal["cpu", "cuda"]
+    name: str
+    arch: str
+    units: int
+    llc_bytes: int
+    memory_bytes: int
+    index: int = 0
+    l1_bytes: int | None = None
+    l2_bytes: int | None = None
+    shared_bytes: int | None = None
+    bandwidth: float | None = None
+    flops: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    uuid: str | None = None
+    driver: str | None = None
+
+    @property
+    def slug(self) -> str:
+        """The name as a folder: letters, digits and single dashes."""
+        return re.sub(r"[^a-z0-9]+", "-", f"{self.name} {self.arch}".lower()).strip("-")
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready fields for a record."""
+        return dataclasses.asdict(self) | {"flops": dict(self.flops)}
+
+
+def detect(kind: str = "auto") -> Device:
+    """The device that `kind` names: `cpu`, `cuda`, `cuda:1`, or the first GPU that is there.
+
+    Raises BackendError where a GPU was asked for by name and none answers.
+    """
+    if kind == "cpu":
+        return detect_cpu()
+    gpus = detect_gpus()
+    if kind == "auto":
+        return gpus[0] if gpus else detect_cpu()
+    match = re.fullmatch(r"cuda(?::(\d+))?", kind)
+    if not match:
+        raise BackendError(f"device {kind!r} is unknown; use cpu, cuda, cuda:N or auto")
+    index = int(match.group(1) or 0)
+    if index >= len(gpus):
+        raise BackendError(
+            f"device {kind}: {len(gpus)} NVIDIA GPU(s) answer here; check nvidia-smi, or use cpu"
+        )
+    return gpus[index]
+
+
+def detect_cpu(threads: int | None = None) -> Device:
+    """This machine's CPU: model, caches and the threads that may run here."""
+    info = _cpuinfo()
+    caches = _cache_sizes()
+    return Device(
+        kind="cpu",
+        name=info.get("model name") or platform.processor() or platform.machine(),
+        arch=f"{platform.machine()}{_vector_extension(info.get('flags', ''))}",
+        units=threads or _available_threads(),
+        l1_bytes=caches.get((1, "Data")),
+        l2_bytes=caches.get((2, "Unified")),
+        # a machine that tells nothing is treated as having 32 MiB, so that "cold" errs to cold
+        llc_bytes=caches.get((3, "Unified")) or caches.get((2, "Unified")) or 32 << 20,
+        memory_bytes=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+    )
+
+
+def detect_gpus() -> list[Device]:
+    """The NVIDIA GPUs that NVML reports and torch can use; none without a driver."""
+    try:
+        import pynvml
+    except ImportError:
+        return []
+    try:
+        pynvml.nvmlInit()
+    except pynvml.NVMLError:
+        return []
+    try:
+        return [_gpu(pynvml, index) for index in range(pynvml.nvmlDeviceGetCount())]
+    except pynvml.NVMLError:
+        return []
+    finally:
+        pynvml.nvmlShutdown()
+
+
+def known_devices() -> dict[str, dict[str, Any]]:
+    """The tables of `devices/*.toml`, by file name."""
+    return {
+        path.stem: tomllib.loads(path.read_text(encoding="utf-8"))
+        for path in sorted(_KNOWN.glob("*.toml"))
+    }
+
+
+def _gpu(nvml: Any, index: int) -> Device:
+    handle = nvml.nvmlDeviceGetHandleByIndex(index)
+    name = _text(nvml.nvmlDeviceGetName(handle))
+    major, minor = nvml.nvmlDeviceGetCudaComputeCapability(handle)
+    facts = next((t for t in known_devices().values() if re.search(t["match"], name)), {})
+    return Device(
+        kind="cuda",
+        index=index,
+        name=name,
+        arch=f"sm_{major}{minor}",
+        units=int(facts.get("multiprocessors", 0)) or _multiprocessors(index),
+        llc_bytes=int(facts.get("l2_bytes", 0)),
+        memory_bytes=int(nvml.nvmlDeviceGetMemoryInfo(handle).total),
+        shared_bytes=facts.get("shared_bytes"),
+        bandwidth=facts.get("bandwidth"),
+        flops=facts.get("flops", {}),
+        uuid=_text(nvml.nvmlDeviceGetUUID(handle)),
+        driver=_text(nvml.nvmlSystemGetDriverVersion()),
+    )
+
+
+def _multiprocessors(index: int) -> int:
+    import torch
+
+    if not torch.cuda.is_available():
+        return 0
+    return int(torch.cuda.get_device_properties(index).multi_processor_count)
+
+
+def _text(value: str | bytes) -> str:
+    return value.decode() if isinstance(value, bytes) else value
+
+
+def _cpuinfo() -> dict[str, str]:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return {}
+    pairs = (line.partition(":") for line in lines if ":" in line)
+    return {key.strip(): value.strip() for key, _, value in pairs}
+
+
+def _vector_extension(flags: str) -> str:
+    words = flags.split()
+    for flag, name in (("avx512f", "-avx512"), ("avx2", "-avx2")):
+        if flag in words:
+            return name
+    return ""
+
+
+def _cache_sizes() -> dict[tuple[int, str], int]:
+    sizes = {}
+    units = {"K": 1 << 10, "M": 1 << 20}
+    for folder in sorted(_SYSTEM_CACHES.glob("index*")):
+        try:
+            level = int((folder / "level").read_text())
+            kind = (folder / "type").read_text().strip()
+            size = (folder / "size").read_text().strip()
+        except (OSError, ValueError):
+            continue
+        sizes[level, kind] = int(size.rstrip("KM")) * units.get(size[-1], 1)
+    return sizes
+
+
+def _available_threads() -> int:
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1

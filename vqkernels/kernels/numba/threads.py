@@ -1,0 +1,93 @@
+"""One thread pool for torch and numba.
+
+Two OpenMP pools in a process spin against each other: after a parallel region its threads poll
+for the next one for milliseconds, on the cores that the other pool wants. On two cores that made
+a 5 ms numba region take 24 ms right after a torch one.
+
+So there is one pool, torch's. torch loads its libgomp into the global symbol scope when it is
+imported; numba's `omp` layer asks for `GOMP_parallel` by that name and, loaded later, binds to
+torch's copy. `import torch` before the first numba launch is all it takes, and this module does
+it. No thread of ours exists, so idle threads can't spin against anything.
+
+Thread counts are set for both at once, and pinning is for measurement only.
+"""
+
+# mypy: ignore-errors
+# the njit functions are typed by numba's inference
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import importlib
+import os
+from collections.abc import Iterator
+
+import numba
+import numpy as np
+import torch
+
+__all__ = ["limit", "pinned", "pool"]
+
+# gettid(2) has no glibc wrapper before 2.30; as a C function numba can call it inside prange
+_GETTID = getattr(ctypes.CDLL(None), "gettid", None)
+if _GETTID is not None:
+    _GETTID.restype, _GETTID.argtypes = ctypes.c_int, []
+
+
+def _choose_layer() -> None:
+    # omppool links to the system's libgomp.so.1.0.0 and can't load without it
+    with contextlib.suppress(ImportError):
+        importlib.import_module("numba.np.ufunc.omppool")
+        numba.config.THREADING_LAYER = "omp"
+
+
+_choose_layer()
+
+
+@numba.njit(parallel=True)
+def _thread_ids(ids):
+    for i in numba.prange(ids.size):
+        ids[i] = _GETTID()
+
+
+def pool() -> str:
+    """The pool that numba's launches run on: `shared with torch`, or why it is not."""
+    torch.ones(1 << 20).add_(1)  # starts torch's threads: numba's must be among them
+    before = {int(thread) for thread in os.listdir("/proc/self/task")}
+    ids = np.zeros(numba.get_num_threads(), np.int64)
+    _thread_ids(ids)
+    if numba.threading_layer() != "omp":
+        return f"numba's own ({numba.threading_layer()}): install the system's libgomp"
+    if not before.issuperset(ids.tolist()):
+        return "numba's own (omp): import torch or vqkernels before the first numba launch"
+    return "shared with torch"
+
+
+def limit(threads: int) -> None:
+    """Use `threads` threads, in torch and numba alike."""
+    torch.set_num_threads(threads)
+    numba.set_num_threads(min(threads, numba.config.NUMBA_NUM_THREADS))
+
+
+@contextlib.contextmanager
+def pinned() -> Iterator[bool]:
+    """Hold each thread of the pool on a core of its own; yields whether that was possible.
+
+    For measurement: the scheduler moves threads between samples otherwise. Restored on leaving,
+    since a thread made meanwhile would inherit the caller's single core.
+    """
+    cores = sorted(os.sched_getaffinity(0))
+    ids = np.zeros(numba.get_num_threads(), np.int64)
+    if _GETTID is None or len(ids) > len(cores):
+        yield False
+        return
+    _thread_ids(ids)
+    threads = sorted(set(ids.tolist()))
+    try:
+        for thread, core in zip(threads, cores, strict=False):
+            os.sched_setaffinity(thread, {core})
+        yield len(threads) == len(ids)
+    finally:
+        for thread in threads:
+            os.sched_setaffinity(thread, set(cores))

@@ -1,0 +1,1 @@
+"""Kernels in plain torch: the dense baseline, and what a few library calls can do."""

@@ -1,0 +1,20 @@
+"""Product quantization: a codebook for each of the subspaces that consecutive vectors go through.
+
+Jégou, Douze and Schmid 2011 ("Product quantization for nearest neighbor search"). Subspaces share
+nothing, and `layout.split` hands each of them over as a book of its own: PQ is VQ in every book,
+or RQ where the spec has several stages.
+"""
+
+from __future__ import annotations
+
+from vqkernels.quantize import rq
+from vqkernels.quantize.codebook import Stage
+from vqkernels.quantize.layout import Vectors
+from vqkernels.spec import CodebookSpec
+
+__all__ = ["fit"]
+
+
+def fit(vectors: Vectors, spec: CodebookSpec, *, seed: int, iterations: int) -> list[Stage]:
+    """The stages of `spec`, each with a codebook for each book of `vectors`."""
+    return rq.fit(vectors, spec, seed=seed, iterations=iterations)
