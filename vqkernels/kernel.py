@@ -48,6 +48,15 @@ class Packed:
         """Bytes held by all arrays."""
         return sum(array.numel() * array.element_size() for array in self.arrays.values())
 
+    def to(self, device: torch.device | str, dtype: torch.dtype) -> Packed:
+        """The arrays on `device`, those of real numbers in `dtype`."""
+        return Packed(
+            {
+                name: array.to(device, dtype if array.is_floating_point() else array.dtype)
+                for name, array in self.arrays.items()
+            }
+        )
+
     def clone(self) -> Packed:
         """A copy in memory of its own, for rotating over cold weights."""
         return Packed({name: array.clone() for name, array in self.arrays.items()})
@@ -81,8 +90,9 @@ class Kernel:
     default: a valid config for a supported problem.
     pack: lay a tensor out for a config; the only step that may take long.
     compile: the callable for a config and problem; the first call may still warm caches.
-    needs_gpu: whether `run` takes CUDA tensors.
-    reads: weight layout: `codes`, or `dense` for a baseline that holds the decoded weight.
+    reads: `codes`, or `dense` for a baseline that holds the decoded weight.
+    rounds_weights: the decoded weight passes through the problem's dtype before it is used, so
+        that the oracle allows one more rounding a weight.
     """
 
     name: str
@@ -96,6 +106,7 @@ class Kernel:
     compile: Callable[[Config, Problem, Device], Run]
     about: str
     reads: Literal["codes", "dense"] = "codes"
+    rounds_weights: bool = False
 
     @property
     def id(self) -> str:

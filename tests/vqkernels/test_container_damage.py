@@ -332,7 +332,7 @@ def test_a_lying_safetensors_header(content: bytes) -> None:
 
 
 def test_data_that_lies_at_an_odd_address(path: Path) -> None:
-    # valid for the library, but torch can't look at such bytes as wider numbers in place
+    # valid for the library, though no CPU vector load would like it: parts are copied out
     data = path.read_bytes()
     size = int.from_bytes(data[:8], "little")
     header = json.loads(data[8 : 8 + size])
@@ -346,8 +346,5 @@ def test_data_that_lies_at_an_odd_address(path: Path) -> None:
     text = json.dumps(header).encode()
     text += b" " * (1 - len(text) % 2)
     path.write_bytes(len(text).to_bytes(8, "little") + text + moved)
-    try:
-        loaded = container.load(path, decoded=True)
-    except VqError:
-        return
+    loaded = container.load(path, decoded=True)
     assert torch.equal(loaded["layer"].decode(), small().decode())

@@ -68,4 +68,5 @@ KERNEL = Kernel(
     compile=compile,
     about="decoded once, then the BLAS: the baseline",
     reads="dense",
+    rounds_weights=True,
 )

@@ -87,4 +87,5 @@ KERNEL = Kernel(
     pack=pack,
     compile=compile,
     about="decode the whole weight with one gather, then the BLAS",
+    rounds_weights=True,
 )

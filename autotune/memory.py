@@ -1,0 +1,57 @@
+"""How much a call allocates, beyond what it was given."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from vqkernels.device import Device
+
+__all__ = ["SLACK", "peak_during", "resident_peak"]
+
+# Resident memory comes in pages, thread stacks and allocator arenas; what a call needs is told
+# apart from nothing only above this.
+SLACK = 4 << 20
+
+
+def peak_during(call: Callable[[], None], device: Device) -> int | None:
+    """Bytes by which memory in use rose, at the worst moment of `call`; None if unknown.
+
+    On a CPU the kernel's high-water mark of resident memory, reset just before; pages that the
+    allocator already held count only if it gave them back first, so it is asked to.
+    """
+    if device.kind == "cuda":
+        torch.cuda.synchronize(device.index)
+        torch.cuda.reset_peak_memory_stats(device.index)
+        before = torch.cuda.memory_allocated(device.index)
+        call()
+        torch.cuda.synchronize(device.index)
+        return int(torch.cuda.max_memory_allocated(device.index) - before)
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
+    try:
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+        before = _status_bytes("VmRSS")
+        call()
+        return max(0, _status_bytes("VmHWM") - before)
+    except (OSError, ValueError, KeyError):
+        call()
+        return None
+
+
+def resident_peak() -> int | None:
+    """The most memory that this process has held, in bytes."""
+    try:
+        return _status_bytes("VmHWM")
+    except (OSError, ValueError, KeyError):
+        return None
+
+
+def _status_bytes(field: str) -> int:
+    lines = Path("/proc/self/status").read_text(encoding="ascii", errors="replace").splitlines()
+    values = dict(line.split(":", 1) for line in lines if ":" in line)
+    return int(values[field].split()[0]) * 1024

