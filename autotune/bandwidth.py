@@ -36,7 +36,11 @@ def measure_bandwidth(device: Device) -> Bandwidth:
     matrix = torch.ones(nbytes // (4 * 4096), 4096, device=place)
     x, y = torch.ones(4096, device=place), torch.empty(matrix.shape[0], device=place)
     budget = Budget(seconds=0.5, min_samples=5, max_samples=50)
-    samples, _ = take_samples([lambda: torch.mv(matrix, x, out=y)], device, budget, cold=True)
+
+    def read() -> None:
+        torch.mv(matrix, x, out=y)
+
+    samples, _ = take_samples([read], device, budget, cold=True)
     moved = matrix.numel() * 4
     ordered = sorted(samples)
     return Bandwidth(moved / ordered[len(ordered) // 2], moved / ordered[0], moved)

@@ -29,7 +29,7 @@ class Timing:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Correctness:
-    """The oracle's verdict: `worst` error over its bound (1 passes), and what controls it caught."""
+    """The oracle's verdict: `worst` error over its bound (up to 1 passes), and controls caught."""
 
     worst: float
     max_abs: float

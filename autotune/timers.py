@@ -33,7 +33,7 @@ class Budget:
 
 
 def cold_copies(nbytes: int, device: Device) -> int:
-    """Copies of a weight that together exceed twice the last-level cache, within a quarter of memory."""
+    """Copies of a weight that exceed twice the last-level cache, within a quarter of memory."""
     wanted = max(2, math.ceil(2 * device.llc_bytes / nbytes) + 1)
     return max(1, min(wanted, device.memory_bytes // 4 // nbytes))
 
@@ -120,7 +120,8 @@ def _cuda_samples(
         # 16 calls queued between two synchronisations keep the GPU busy before every event
         pairs = []
         for _ in range(16):
-            start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+            stop = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
             start.record()
             calls[turn % len(calls)]()
             stop.record()

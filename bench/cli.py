@@ -20,7 +20,7 @@ __all__ = ["cli", "main"]
 class _Commands(click.Group):
     """Commands by file name, imported when asked for: `--help` loads no kernel."""
 
-    def list_commands(self, ctx: click.Context) -> list[str]:
+    def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002  # click's signature
         names = [module.name for module in pkgutil.iter_modules(bench.commands.__path__)]
         return sorted(name.replace("_", "-") for name in names)
 

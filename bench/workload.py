@@ -61,7 +61,7 @@ def load_workload(name: str) -> Workload:
     try:
         return _from_table(path.stem, tomllib.loads(path.read_text(encoding="utf-8")))
     except (ValueError, KeyError, TypeError) as error:
-        raise SpecError(f"workload file {path}: {error!r}; see bench/workloads for models") from error
+        raise SpecError(f"workload file {path}: {error!r}; see bench/workloads") from error
 
 
 def _from_table(name: str, table: Mapping[str, Any]) -> Workload:

@@ -14,6 +14,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
+
 from vqkernels.errors import BackendError
 
 __all__ = ["Device", "detect", "detect_cpu", "detect_gpus", "known_devices"]
@@ -96,7 +98,9 @@ def detect_cpu(threads: int | None = None) -> Device:
 
 
 def detect_gpus() -> list[Device]:
-    """The NVIDIA GPUs that NVML reports and torch can use; none without a driver."""
+    """The NVIDIA GPUs that torch can use, as NVML reports them; none without a driver."""
+    if not torch.cuda.is_available():
+        return []
     try:
         import pynvml
     except ImportError:
@@ -143,10 +147,6 @@ def _gpu(nvml: Any, index: int) -> Device:
 
 
 def _multiprocessors(index: int) -> int:
-    import torch
-
-    if not torch.cuda.is_available():
-        return 0
     return int(torch.cuda.get_device_properties(index).multi_processor_count)
 
 

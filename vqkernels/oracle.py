@@ -87,7 +87,8 @@ def check(
 ) -> Check:
     """Hold `out: [m, n]` against the reference; bounds from `accumulate` and out's dtype.
 
-    weights: dtype that each decoded weight was rounded to, where a kernel does that. A NaN or infinity must stand exactly where the reference has one.
+    weights: dtype that each decoded weight was rounded to, where a kernel does that. A NaN or
+    infinity must stand exactly where the reference has one.
     """
     y, u = expected.y, UNIT_ROUNDOFF
     bound = FACTOR * math.sqrt(expected.depth) * u[accumulate] * (y.abs() + 2 * expected.spread)

@@ -22,6 +22,7 @@ import ctypes
 import importlib
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import numba
 import numpy as np
@@ -54,7 +55,7 @@ def _thread_ids(ids):
 def pool() -> str:
     """The pool that numba's launches run on: `shared with torch`, or why it is not."""
     torch.ones(1 << 20).add_(1)  # starts torch's threads: numba's must be among them
-    before = {int(thread) for thread in os.listdir("/proc/self/task")}
+    before = {int(thread.name) for thread in Path("/proc/self/task").iterdir()}
     ids = np.zeros(numba.get_num_threads(), np.int64)
     _thread_ids(ids)
     if numba.threading_layer() != "omp":

@@ -1,0 +1,177 @@
+"""`vqbench run`: measure verified kernels on this machine."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from autotune.bandwidth import Bandwidth, measure_bandwidth
+from autotune.timers import Budget, set_threads
+from bench import report
+from bench.records import RecordFile
+from bench.run import Plan, failures, header, run_plan
+from bench.selection import DEFAULT, Selection, matching_kernels
+from bench.tables import OUTPUTS, render
+from vqkernels.device import Device, detect, detect_cpu
+
+__all__ = ["command"]
+
+
+@click.command("run")
+@click.option("-w", "--workload", "workloads", multiple=True, help="Name, or a .toml file.")
+@click.option("-l", "--layer", "layers", multiple=True, help="Layers by glob, e.g. '*.query'.")
+@click.option("-f", "--format", "formats", multiple=True, help="Format, e.g. rq-2x256x8.")
+@click.option("-k", "--kernel", "kernels", multiple=True, help="Kernels by glob, e.g. 'numba/*'.")
+@click.option("-m", "ms", multiple=True, type=click.IntRange(1), help="Tokens; repeat for several.")
+@click.option("--device", default="auto", help="cpu, cuda, cuda:N, or the GPU if there is one.")
+@click.option("--threads", type=click.IntRange(1), help="CPU threads; all that may run here.")
+@click.option("--dtype", type=click.Choice(["float32", "float16", "bfloat16"]), help="Activations.")
+@click.option("--seed", default=0, help="Of activations, synthetic weights and the quantizer.")
+@click.option("--time", "seconds", default=0.25, help="Seconds of samples a case.")
+@click.option("--samples", default=200, type=click.IntRange(7), help="At most so many samples.")
+@click.option("--hot", is_flag=True, help="Measure with the weight in cache; marked so.")
+@click.option("--results", default="results", type=click.Path(path_type=Path), help="Folder.")
+@click.option("--all-layers", is_flag=True, help="A row a layer instead of a row a shape.")
+@click.option("-o", "--output", type=click.Choice(OUTPUTS), default="table", help="Form of it.")
+def command(
+    workloads: tuple[str, ...],
+    layers: tuple[str, ...],
+    formats: tuple[str, ...],
+    kernels: tuple[str, ...],
+    ms: tuple[int, ...],
+    device: str,
+    threads: int | None,
+    dtype: str | None,
+    seed: int,
+    seconds: float,
+    samples: int,
+    hot: bool,
+    results: Path,
+    all_layers: bool,
+    output: str,
+) -> None:
+    """Measure lookup+GEMM kernels: each is checked against a float64 oracle, then timed.
+
+    Without options: every linear layer of MiniLM (real weights, quantised on the spot) at
+    rq-2x256x8, and two layers of LLaMA-2 7B in every format of up to 256 entries. Records go to
+    RESULTS/<device>/; the table to standard output. Ctrl-C keeps what is done.
+    """
+    where = detect(device)
+    if where.kind == "cpu":
+        where = detect_cpu(threads)
+        set_threads(where.units)
+    plan = Plan(
+        selections=_selections(workloads, layers, formats, ms),
+        kernels=tuple(matching_kernels(kernels)),
+        device=where,
+        dtype=dtype or ("float32" if where.kind == "cpu" else "float16"),
+        seed=seed,
+        budget=Budget(seconds=seconds, max_samples=samples),
+        cold=not hot,
+    )
+    console = Console(stderr=True)
+    records, path, interrupted = _execute(plan, results / where.slug, console)
+    _print(records, output, all_layers=all_layers)
+    _explain(records, path, console)
+    if interrupted:
+        console.print("interrupted: the cases above are kept")
+        sys.exit(130)
+    sys.exit(1 if failures(records) else 0)
+
+
+def _selections(
+    workloads: Sequence[str], layers: Sequence[str], formats: Sequence[str], ms: Sequence[int]
+) -> tuple[Selection, ...]:
+    """The default selection, narrowed; or what the options name."""
+    if not workloads and not formats and not layers:
+        return tuple(
+            Selection(
+                workload=one.workload,
+                layers=one.layers,
+                formats=one.formats,
+                ms=tuple(ms) or one.ms,
+            )
+            for one in DEFAULT
+        )
+    return tuple(
+        Selection(
+            workload=name,
+            layers=tuple(layers) or ("*",),
+            formats=tuple(formats) or ("rq-2x256x8",),
+            ms=tuple(ms) or (1,),
+        )
+        for name in workloads or ("minilm",)
+    )
+
+
+def _execute(plan: Plan, folder: Path, console: Console) -> tuple[list[dict[str, Any]], Path, bool]:
+    """Run with a progress bar; returns the records, their file and whether Ctrl-C ended it."""
+    size = plan.size
+    console.print(_opening(plan.device), highlight=False)
+    bandwidth = measure_bandwidth(plan.device)
+    console.print(_memory_line(bandwidth), highlight=False)
+    records: list[dict[str, Any]] = []
+    with (
+        RecordFile(folder, header(plan, bandwidth)) as file,
+        Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            console=console,
+            transient=True,
+        ) as bar,
+    ):
+        task = bar.add_task("starting", total=size)
+        try:
+            for record in run_plan(
+                plan, bandwidth, file, lambda text: bar.update(task, description=text)
+            ):
+                records.append(record)
+                bar.advance(task)
+        except KeyboardInterrupt:
+            return records, file.path, True
+    return records, file.path, False
+
+
+def _opening(device: Device) -> str:
+    unit = "threads" if device.kind == "cpu" else "multiprocessors"
+    return f"{device.name} ({device.arch}), {device.units} {unit}"
+
+
+def _memory_line(bandwidth: Bandwidth) -> str:
+    return (
+        f"memory reads at {bandwidth.median / 1e9:.1f} GB/s "
+        f"(best {bandwidth.best / 1e9:.1f}), measured now"
+    )
+
+
+def _print(records: Sequence[dict[str, Any]], output: str, *, all_layers: bool) -> None:
+    if output == "jsonl":
+        click.echo(render(records, None, output), nl=False)
+        return
+    merged = output in ("table", "md") and not all_layers
+    rows = report.summary_rows(records) if merged else report.detail_rows(records)
+    click.echo(render(rows, report.COLUMNS, output))
+
+
+def _explain(records: Sequence[dict[str, Any]], path: Path, console: Console) -> None:
+    """How it ended, on standard error: counts, refusals with their reasons, failures, the file."""
+    console.print(report.summary(records), highlight=False)
+    for line, count in report.refusals(records).items():
+        console.print(f"  {count} x {line}", highlight=False, markup=False)
+    for record in failures(records):
+        console.print(
+            f"  FAILED {record['workload']} {record['layer']} {record['format']} "
+            f"m={record['m']} {record['kernel']}: {record['status']}: {record['reason']}",
+            highlight=False,
+            markup=False,
+        )
+    if records:
+        console.print(f"records: {path}", highlight=False, soft_wrap=True)

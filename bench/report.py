@@ -1,0 +1,120 @@
+"""From records to the table that a run ends with."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from autotune.measurement import Measurement
+
+__all__ = ["COLUMNS", "detail_rows", "refusals", "summary", "summary_rows"]
+
+Record = Mapping[str, Any]
+
+COLUMNS = {
+    "workload": "workload",
+    "layer": "layer",
+    "format": "format",
+    "m": "m",
+    "kernel": "kernel",
+    "status": "status",
+    "median_us": "median us",
+    "spread_percent": "spread %",
+    "bits": "bits/weight",
+    "moved_mb": "moved MB",
+    "bandwidth_percent": "bandwidth %",
+    "speedup": "x dense",
+    "weight_mb": "weight MB",
+    "peak_mb": "call MB",
+}
+
+
+def detail_rows(records: Sequence[Record]) -> list[dict[str, Any]]:
+    """One row a record, with what is derived from its samples.
+
+    speedup: against the dense baseline on the same layer, format and m in the same run.
+    bandwidth_percent: bytes moved a second over what this run measured for main memory.
+    """
+    dense = {
+        _case_key(record): _measured(record).median_s
+        for record in records
+        if record["kernel"] == "torch/dense" and record["status"] == "ok"
+    }
+    return [_row(record, dense.get(_case_key(record))) for record in records]
+
+
+def summary_rows(records: Sequence[Record]) -> list[dict[str, Any]]:
+    """Detail rows with layers of one shape merged: medians over the layers, refusals left out."""
+    groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    for row in detail_rows(records):
+        if row["status"] != "constraint":
+            key = (row["workload"], row["n"], row["k"], row["format"], row["m"], row["kernel"])
+            groups.setdefault((*key, row["status"]), []).append(row)
+    return [_merge(rows) for rows in groups.values()]
+
+
+def refusals(records: Sequence[Record]) -> dict[str, int]:
+    """How many cases each `kernel: reason` refused, most first."""
+    counts: dict[str, int] = {}
+    for record in records:
+        if record["status"] == "constraint":
+            line = f"{record['kernel']}: {record['reason']}"
+            counts[line] = counts.get(line, 0) + 1
+    return dict(sorted(counts.items(), key=lambda item: -item[1]))
+
+
+def summary(records: Sequence[Record]) -> str:
+    """How the cases ended, in one line."""
+    counts: dict[str, int] = {}
+    for record in records:
+        counts[record["status"]] = counts.get(record["status"], 0) + 1
+    words = {"constraint": "refused (reasons below)"}
+    listed = ", ".join(f"{count} {words.get(status, status)}" for status, count in counts.items())
+    return f"{len(records)} cases: {listed or 'none'}"
+
+
+def _case_key(record: Record) -> tuple[Any, ...]:
+    return (record["workload"], record["layer"], record["format"], record["m"])
+
+
+def _measured(record: Record) -> Measurement:
+    names = Measurement.__dataclass_fields__
+    return Measurement.from_dict({name: v for name, v in record.items() if name in names})
+
+
+def _row(record: Record, dense_s: float | None) -> dict[str, Any]:
+    row: dict[str, Any] = {
+        name: record[name] for name in ("workload", "layer", "n", "k", "format", "m", "kernel")
+    }
+    row |= {"status": record["status"], "reason": record["reason"]}
+    row["bits"] = record["effective_bits"]
+    if record["status"] != "ok":
+        return row
+    measured = _measured(record)
+    median = measured.median_s
+    moved = float(measured.moved_bytes or 0)
+    return row | {
+        "median_us": median * 1e6,
+        "spread_percent": measured.spread * 100,
+        "moved_mb": moved / 1e6,
+        "bandwidth_percent": 100 * moved / median / record["bandwidth"]["median"],
+        "speedup": dense_s / median if dense_s else None,
+        "weight_mb": (measured.weight_bytes or 0) / 1e6,
+        "peak_mb": None if measured.peak_bytes is None else measured.peak_bytes / 1e6,
+    }
+
+
+def _merge(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    first = rows[0]
+    if len(rows) == 1:
+        return first | {"layer": f"{first['layer']} {first['n']}x{first['k']}"}
+    merged = dict(first) | {"layer": f"{len(rows)} of {first['n']}x{first['k']}"}
+    for name in COLUMNS:
+        if isinstance(first.get(name), float):
+            merged[name] = statistics.median(_present(row.get(name) for row in rows))
+    return merged
+
+
+def _present(values: Iterable[float | None]) -> list[float]:
+    return [value for value in values if value is not None]

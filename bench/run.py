@@ -1,0 +1,141 @@
+"""Running a selection: each layer and format once, each kernel on it, a record for every case."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from autotune.bandwidth import Bandwidth
+from autotune.evaluate import Subject, evaluate, make_subject
+from autotune.measurement import Measurement
+from autotune.timers import Budget
+from bench.environment import describe_host, device_state
+from bench.records import Case, RecordFile
+from bench.selection import Selection
+from bench.weights import Weight, make_weight
+from bench.workload import Layer, Workload
+from vqkernels.device import Device
+from vqkernels.errors import BackendError, UnsupportedError
+from vqkernels.kernel import Kernel
+from vqkernels.parts import effective_bits
+from vqkernels.presets import parse_format
+from vqkernels.problem import Problem
+
+__all__ = ["Plan", "run_plan"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Plan:
+    """Everything that decides a run. `dtype` is of the activations."""
+
+    selections: tuple[Selection, ...]
+    kernels: tuple[Kernel, ...]
+    device: Device
+    dtype: str = "float32"
+    seed: int = 0
+    budget: Budget = dataclasses.field(default_factory=Budget)
+    cold: bool = True
+
+    def layers(self) -> list[tuple[Workload, Layer, str, tuple[int, ...]]]:
+        """Each selected layer and format, with the m it is run at."""
+        return [(*case, chosen.ms) for chosen in self.selections for case in chosen.cases()]
+
+    @property
+    def size(self) -> int:
+        """Number of cases."""
+        return sum(len(ms) for *_, ms in self.layers()) * len(self.kernels)
+
+
+def header(plan: Plan, bandwidth: Bandwidth) -> dict[str, Any]:
+    """Fields that every record of a run carries."""
+    return {
+        "argv": sys.argv,
+        **describe_host(plan.device),
+        "bandwidth": dataclasses.asdict(bandwidth),
+        "budget": dataclasses.asdict(plan.budget),
+    }
+
+
+def run_plan(
+    plan: Plan,
+    bandwidth: Bandwidth,
+    file: RecordFile,
+    progress: Callable[[str], None] = lambda _: None,
+) -> Iterator[dict[str, Any]]:
+    """Yield each record once it is written; `progress` hears what comes next."""
+    for workload, layer, name, ms in plan.layers():
+        progress(f"{workload.name} {layer.name} {name}: weights")
+        weight = _weight(plan, workload, layer, name)
+        for m in ms:
+            subject: Subject | Weight | str = weight
+            if isinstance(weight, Weight):
+                progress(f"{workload.name} {layer.name} {name} m={m}: reference")
+                subject = make_subject(
+                    weight.tensor, m, plan.device, dtype=plan.dtype, seed=plan.seed
+                )
+            for kernel in plan.kernels:
+                progress(f"{workload.name} {layer.name} {name} m={m}: {kernel.id}")
+                before = device_state(plan.device)
+                measured = _measure(plan, kernel, subject, bandwidth)
+                state = {"before": before, "after": device_state(plan.device)}
+                case = _case(plan, workload, layer, name, m, kernel, weight)
+                yield file.write(case, measured, state)
+
+
+def _weight(plan: Plan, workload: Workload, layer: Layer, name: str) -> Weight | str:
+    """The layer's weight, or the sentence that says why there is none."""
+    try:
+        return make_weight(workload, layer, parse_format(name), seed=plan.seed)
+    except (UnsupportedError, BackendError) as error:
+        return str(error)
+
+
+def _measure(
+    plan: Plan, kernel: Kernel, subject: Subject | Weight | str, bandwidth: Bandwidth
+) -> Measurement:
+    if not isinstance(subject, Subject):
+        return Measurement(status="constraint", reason=str(subject))
+    return evaluate(kernel, subject, budget=plan.budget, bandwidth=bandwidth, cold=plan.cold)
+
+
+def _case(
+    plan: Plan,
+    workload: Workload,
+    layer: Layer,
+    name: str,
+    m: int,
+    kernel: Kernel,
+    weight: Weight | str,
+) -> Case:
+    spec = parse_format(name)
+    problem = Problem(m=m, n=layer.n, k=layer.k, spec=spec, dtype=plan.dtype)  # type: ignore[arg-type]  # click checked the choice
+    made = weight if isinstance(weight, Weight) else None
+    config = (
+        {} if kernel.supports(problem, plan.device) else dict(kernel.default(problem, plan.device))
+    )
+    bits = effective_bits([(spec, layer.n, layer.k)]).per_weight() if made else None
+    return Case(
+        workload=workload.name,
+        layer=layer.name,
+        format=name,
+        spec=spec.to_dict(),
+        n=layer.n,
+        k=layer.k,
+        m=m,
+        dtype=plan.dtype,
+        kernel=kernel.id,
+        kernel_source=kernel.source_hash,
+        config=config,
+        config_from="default",
+        seed=plan.seed,
+        codes=made.codes if made else None,
+        relative_error=made.relative_error if made else None,
+        effective_bits=bits,
+    )
+
+
+def failures(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Records that are neither right nor refused for a stated reason."""
+    return [record for record in records if record["status"] not in ("ok", "checked", "constraint")]

