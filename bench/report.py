@@ -34,7 +34,7 @@ def detail_rows(records: Sequence[Record]) -> list[dict[str, Any]]:
     """One row a record, with what is derived from its samples.
 
     speedup: against the dense baseline on the same layer, format and m in the same run.
-    bandwidth_percent: bytes moved a second over what this run measured for main memory.
+    bandwidth_percent: bytes moved a second over the best rate at which this run read memory.
     """
     dense = {
         _case_key(record): _measured(record).median_s
@@ -51,7 +51,16 @@ def summary_rows(records: Sequence[Record]) -> list[dict[str, Any]]:
         if row["status"] != "constraint":
             key = (row["workload"], row["n"], row["k"], row["format"], row["m"], row["kernel"])
             groups.setdefault((*key, row["status"]), []).append(row)
-    return [_merge(rows) for rows in groups.values()]
+    merged = [_merge(rows) for rows in groups.values()]
+    order: dict[tuple[Any, ...], int] = {}
+    for row in merged:
+        order.setdefault(_subject_key(row), len(order))
+    # subjects as they were run, kernels by speed
+    return sorted(merged, key=lambda row: (order[_subject_key(row)], row.get("median_us", 0.0)))
+
+
+def _subject_key(row: Record) -> tuple[Any, ...]:
+    return (row["workload"], row["layer"], row["format"], row["m"])
 
 
 def refusals(records: Sequence[Record]) -> dict[str, int]:
@@ -98,7 +107,7 @@ def _row(record: Record, dense_s: float | None) -> dict[str, Any]:
         "median_us": median * 1e6,
         "spread_percent": measured.spread * 100,
         "moved_mb": moved / 1e6,
-        "bandwidth_percent": 100 * moved / median / record["bandwidth"]["median"],
+        "bandwidth_percent": 100 * moved / median / record["bandwidth"]["best"],
         "speedup": dense_s / median if dense_s else None,
         "weight_mb": (measured.weight_bytes or 0) / 1e6,
         "peak_mb": None if measured.peak_bytes is None else measured.peak_bytes / 1e6,

@@ -33,7 +33,7 @@ __all__ = ["command"]
 @click.option("--threads", type=click.IntRange(1), help="CPU threads; all that may run here.")
 @click.option("--dtype", type=click.Choice(["float32", "float16", "bfloat16"]), help="Activations.")
 @click.option("--seed", default=0, help="Of activations, synthetic weights and the quantizer.")
-@click.option("--time", "seconds", default=0.25, help="Seconds of samples a case.")
+@click.option("--time", "seconds", default=0.1, help="Seconds of samples a case.")
 @click.option("--samples", default=200, type=click.IntRange(7), help="At most so many samples.")
 @click.option("--hot", is_flag=True, help="Measure with the weight in cache; marked so.")
 @click.option("--results", default="results", type=click.Path(path_type=Path), help="Folder.")

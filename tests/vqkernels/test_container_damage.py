@@ -80,6 +80,16 @@ def test_any_flipped_bit_is_an_error(bit: int) -> None:
     load_bytes(flip(WHOLE, bit))
 
 
+def test_a_letter_of_the_header_in_another_case_is_an_error() -> None:
+    # JSON's escapes don't care (\u00e9 is \u00E9), so the header must have none
+    size = int.from_bytes(WHOLE[:8], "little")
+    start = WHOLE.index(b"}", 8)
+    assert start < 8 + size
+    for place in range(start, 8 + size):
+        if chr(WHOLE[place]).isascii() and chr(WHOLE[place]).isalpha():
+            load_bytes(flip(WHOLE, place * 8 + 5))
+
+
 @pytest.mark.sweep
 def test_every_flipped_bit_is_an_error() -> None:
     for bit in range(len(WHOLE) * 8):

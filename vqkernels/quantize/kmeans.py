@@ -30,9 +30,9 @@ TILE = 1 << 18
 TILE_ENTRIES = 1024
 # Points whose centroids are found together, where there are many small sets: a few MiB.
 BLOCK = 1 << 16
-# k-means++ draws one entry a round, which is count * entries * rounds / entries reads of memory.
-# Past this number of entries a round draws several (as k-means||, Bahmani et al. 2012, but with no
-# second clustering): 65,536 rounds over 2 million points would take a quarter of an hour.
+# k-means++ draws one entry a round, and each round reads every point. Past this number of entries a
+# round draws several (as k-means||, Bahmani et al. 2012, but without a second clustering): 65,536
+# rounds over 2 million points would take a quarter of an hour.
 ROUNDS = 1024
 
 Codes = npt.NDArray[np.int64]

@@ -100,10 +100,10 @@ def test_powers_of_two_change_nothing(factor):
     assert torch.equal(plain.centroids * factor, scaled.centroids)
 
 
-@pytest.mark.parametrize("factor", [2.0**-90, 2.0**90])
+@pytest.mark.parametrize("factor", [2.0**-124, 2.0**124])
 @pytest.mark.parametrize("shape", [(2000,), (2000, 4)])
 def test_only_ratios_of_weights_count(factor, shape):
-    points, weights = normal(2000, 4), normal(*shape, seed=1).exp()
+    points, weights = normal(2000, 4), 1 + normal(*shape, seed=1).sigmoid()
     plain = kmeans(points, 16, weights=weights)
     assert torch.equal(plain.centroids, kmeans(points, 16, weights=weights * factor).centroids)
 
@@ -189,6 +189,15 @@ def test_unused_codes_go_to_the_sets_that_have_them(monkeypatch):
     found = kmeans(points, 4)
     assert found.distortion < 1e-6
     assert [len(codes.unique()) for codes in found.codes] == [4, 4]
+
+
+def test_an_unused_code_goes_to_the_farthest_point(monkeypatch):
+    monkeypatch.setattr(
+        MODULE, "_seeds", lambda block, entries, draws: block.points[:, :1].repeat(1, entries, 1)
+    )
+    points = torch.tensor([[0.0], [1.0], [2.0], [30.0], [3.0]])
+    # one iteration: all on code 0, then the unused code 1 moves
+    assert kmeans(points, 2, iterations=1).centroids[1].item() == pytest.approx(30)
 
 
 def test_all_points_equal_or_without_weight():

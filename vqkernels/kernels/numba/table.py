@@ -109,47 +109,62 @@ def pack(tensor: QuantizedTensor, config: Config) -> Packed:
 @functools.cache
 def kernel(shape: Shape, tokens: int):
     """The compiled sweep for one shape and width of tokens."""
-    build = _builder(shape, tokens)
-    sweep = _sweep(tokens)
-    length, column_sets = shape.length, shape.column_sets
-    stages = len(shape.stages)
-    padded = tuple(_padded_entries((entries,)) for entries in shape.stages)
-    firsts = np.cumsum([0, *padded[:-1]]).astype(np.int64)
-    sizes = np.array(padded, np.int64)
-    total, largest = sum(padded), max(padded)
+    add_blocks = _block_adder(shape, tokens)
+    largest = _padded_entries((max(shape.stages),))
 
     @njit(parallel=True, cache=True)
-    def run(words, books, columns_of, x, out, partial, row_tile, splits):
+    def run(words, books, columns_of, x, partial, row_tile):
+        splits, count = partial.shape[0], partial.shape[1]
         blocks, rows = words.shape[0], words.shape[2]
         tiles = (rows + row_tile - 1) // row_tile
         span = (blocks + splits - 1) // splits
         for item in prange(tiles * splits):
             split, first = item // tiles, item % tiles * row_tile
-            count = min(row_tile, rows - first)
-            sums = np.zeros(count * tokens, np.float32)
+            last = min(rows, first + row_tile)
+            sums = np.zeros((last - first) * tokens, np.float32)
             tables = np.empty(BLOCK * largest * tokens, np.float32)
             for block in range(split * span, min(blocks, split * span + span)):
-                for stage in range(stages):
-                    entries = sizes[stage]
-                    for cell in range(BLOCK):
-                        column = block * BLOCK + cell
-                        book = columns_of[column] if column_sets else 0
-                        base = book * length * total + firsts[stage]
-                        at = column * tokens * length
-                        build(tables, cell * entries * tokens, books, base, entries, x, at)
-                    sweep(words[block, stage, first : first + count], tables, entries, sums)
-            for token in range(partial.shape[1]):
-                for row in range(count):
-                    partial[split, token, first + row] = sums[row * tokens + token]
-        if splits > 1:
-            for row in prange(rows):
-                for token in range(partial.shape[1]):
-                    value = partial[0, token, row]
-                    for split in range(1, splits):
-                        value += partial[split, token, row]
-                    out[token, row] = value
+                add_blocks(words[block, :, first:last], books, columns_of, x, block, tables, sums)
+            for token in range(count):
+                for row in range(first, last):
+                    partial[split, token, row] = sums[(row - first) * tokens + token]
 
     return run
+
+
+@njit(parallel=True, cache=True)
+def _add_splits(partial, out):
+    splits, count, rows = partial.shape
+    for row in prange(rows):
+        for token in range(count):
+            value = partial[0, token, row]
+            for split in range(1, splits):
+                value += partial[split, token, row]
+            out[token, row] = value
+
+
+def _block_adder(shape: Shape, tokens: int):
+    """`add(words, books, columns_of, x, block, tables, sums)`: one block of cells, all stages."""
+    build, sweep = _builder(shape, tokens), _sweep(tokens)
+    length, column_sets, stages = shape.length, shape.column_sets, len(shape.stages)
+    padded = [_padded_entries((entries,)) for entries in shape.stages]
+    firsts, sizes = np.cumsum([0, *padded[:-1]]).astype(np.int64), np.array(padded, np.int64)
+    set_size = length * sum(padded)
+
+    @register_jitable
+    def add_blocks(words, books, columns_of, x, block, tables, sums):
+        for stage in range(stages):
+            entries = sizes[stage]
+            for cell in range(BLOCK):
+                column = block * BLOCK + cell
+                base = firsts[stage]
+                if column_sets:
+                    base += columns_of[column] * set_size
+                to, at = cell * entries * tokens, column * tokens * length
+                build(tables, to, books, base, entries, x, at)
+            sweep(words[stage], tables, entries, sums)
+
+    return add_blocks
 
 
 def _builder(shape: Shape, tokens: int):
@@ -238,7 +253,9 @@ def compile(config: Config, problem: Problem, device: Device) -> Run:
             tiles = cells.interleave(tokens, shape, width, elements=True)
             y = out[first : first + len(tokens)].numpy()
             partial = np.empty((splits, *y.shape), np.float32) if splits > 1 else y[None]
-            loops[width](words, books, columns_of, tiles, y, partial, tile, splits)
+            loops[width](words, books, columns_of, tiles, partial, tile)
+            if splits > 1:
+                _add_splits(partial, y)
 
     return surround(core, problem)
 

@@ -1,0 +1,151 @@
+"""`vqbench inspect`: what a container holds, and whether it is whole."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+
+from bench.tables import render
+from vqkernels import container
+from vqkernels.container import ContainerInfo, TensorInfo
+from vqkernels.spec import CodebookSpec, min_bits
+from vqkernels.tensor import QuantizedTensor, set_index
+
+__all__ = ["command"]
+
+Row = dict[str, Any]
+
+_COLUMNS = {
+    "tensor": "tensor",
+    "shape": "n x k",
+    "format": "format",
+    "bias": "bias",
+    "index": "index",
+    "codebook": "codebook",
+    "side": "side",
+    "effective": "bits/weight",
+    "stored_bytes": "stored B",
+    "decoded": "sha256 decoded",
+}
+_VERIFIED = {"entries": "used entries", "entropy": "code entropy, bits"}
+
+_SHORT = 12  # hexadecimal digits that a table shows of a checksum, as git does
+
+
+@click.command("inspect")
+@click.argument("file", type=click.Path(path_type=Path))
+@click.option("--verify", is_flag=True, help="Read all of it and check every checksum.")
+@click.option("-o", "--output", type=click.Choice(["table", "json"]), default="table")
+def command(file: Path, verify: bool, output: str) -> None:
+    """Describe the container FILE: origin, formats, effective bits, sizes and checksums.
+
+    Unless asked to verify, only the header is read. Verifying compares the SHA-256 of each stored
+    part and of the dequantised weight, checks that codes are in range, and shows how many entries
+    of each codebook are used and the entropy of its codes.
+    """
+    info = container.describe(file)
+    rows = [_row(tensor) for tensor in info.tensors]
+    if verify:
+        for row in rows:
+            # one at a time: a model's codes, unpacked, need not fit in memory together
+            found = container.load(file, names=[row["tensor"]], decoded=True)[row["tensor"]]
+            row |= {"verified": True, "stages": [_usage(found, s) for s in _stages(found.spec)]}
+    if output == "json":
+        click.echo(json.dumps({"file": str(file), **_head(info), "tensors": rows}, indent=2))
+        return
+    click.echo(f"{file}: {file.stat().st_size:,} bytes, {len(rows)} tensors")
+    for key, value in (*_versions(info).items(), *info.provenance.items()):
+        click.echo(f"  {_printable(key)}: {_printable(str(value))}")
+    columns = _COLUMNS | (_VERIFIED if verify else {})
+    click.echo(render([_shown(row) for row in rows], columns, "table").strip("\n"))
+    if verify:
+        click.echo(f"every checksum of {len(rows)} tensors matches, stored and dequantised")
+
+
+def _versions(info: ContainerInfo) -> dict[str, int]:
+    return {"container_version": info.version, "spec_version": info.spec_version}
+
+
+def _head(info: ContainerInfo) -> dict[str, Any]:
+    return {**_versions(info), "provenance": dict(info.provenance)}
+
+
+def _row(tensor: TensorInfo) -> Row:
+    bits = tensor.bits
+    return {
+        "tensor": tensor.name,
+        "n": tensor.n,
+        "k": tensor.k,
+        "bias": tensor.bias,
+        "format": _changed_fields(tensor.spec),
+        "index_bits": bits.index / bits.weights,
+        "codebook_bits": bits.codebook / bits.weights,
+        "side_bits": bits.side / bits.weights,
+        "effective_bits": bits.per_weight(),
+        "effective_bits_without_side": bits.per_weight(side=False),
+        "stored_bytes": tensor.stored_bytes,
+        "sha256": dict(tensor.checksums),
+        "decoded_sha256": tensor.decoded_checksum,
+    }
+
+
+def _changed_fields(spec: CodebookSpec) -> dict[str, Any]:
+    """Fields of a spec that differ from their defaults, as JSON has them."""
+    defaults = {field.name: field.default for field in dataclasses.fields(spec)}
+    defaults |= {"coefficients": [], "code_bits": [min_bits(entries) for entries in spec.stages]}
+    return {name: value for name, value in spec.to_dict().items() if value != defaults[name]}
+
+
+def _stages(spec: CodebookSpec) -> range:
+    return range(len(spec.stages))
+
+
+def _usage(tensor: QuantizedTensor, stage: int) -> Row:
+    """Entries of a stage that some vector uses, over all its codebooks, and its codes' entropy.
+
+    entropy_bits: Shannon's, a code: of each codebook, weighted by its number of vectors.
+    """
+    entries = tensor.spec.stages[stage]
+    books = set_index(tensor.spec, tensor.n, tensor.k)
+    number = (books * entries + tensor.parts["codes"][..., stage].long()).flatten()
+    counts = torch.bincount(number).double()
+    counts = torch.nn.functional.pad(counts, (0, -len(counts) % entries)).reshape(-1, entries)
+    sizes = counts.sum(dim=1, keepdim=True)
+    shares = counts / sizes.clamp(min=1)
+    entropy = -(torch.xlogy(counts, shares)).sum() / sizes.sum() / torch.tensor(2.0).log()
+    return {
+        "used_entries": int((counts > 0).sum()),
+        "entries": tensor.parts[f"codebook_{stage}"].shape[:3].numel(),
+        "entropy_bits": abs(float(entropy)),
+        "code_bits": tensor.spec.code_bits[stage],
+    }
+
+
+def _shown(row: Row) -> Row:
+    stages = row.get("stages", [])
+    return {
+        **row,
+        "shape": f"{row['n']}x{row['k']}",
+        "format": " ".join(f"{name}={_compact(value)}" for name, value in row["format"].items()),
+        **{name: f"{row[f'{name}_bits']:.4f}" for name in ("index", "codebook", "side")},
+        "effective": f"{row['effective_bits']:.4f}",
+        "decoded": row["decoded_sha256"][:_SHORT],
+        "entries": " + ".join(f"{stage['used_entries']}/{stage['entries']}" for stage in stages),
+        "entropy": " + ".join(
+            f"{stage['entropy_bits']:.2f}/{stage['code_bits']}" for stage in stages
+        ),
+    }
+
+
+def _compact(value: object) -> str:
+    return ",".join(str(item) for item in value) if isinstance(value, list) else str(value)
+
+
+def _printable(text: str) -> str:
+    """`text` with line ends and escape sequences spelled out: a file may come from anywhere."""
+    return text if text.isprintable() else ascii(text)

