@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Callable
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -34,6 +35,8 @@ _SENTINEL = 12345.0
 # Part of a weight may stay in the last-level cache between its turns (replacement isn't strict
 # LRU) and the bandwidth is itself measured: a time is impossible only clearly below the floor.
 _FLOOR_MARGIN = 1.25
+
+T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,15 +134,8 @@ def _attempt(
     bandwidth: Bandwidth | None,
     cold: bool,
 ) -> Measurement:
-    problem, device = subject.problem, subject.device
-    if reason := kernel.supports(problem, device):
-        raise _EndError("constraint", reason)
-    chosen = kernel.default(problem, device) if config is None else config
-    try:
-        kernel.space.check(chosen)
-    except VqError as error:
-        raise _EndError("constraint", str(error)) from error
-    declared = kernel.footprint(chosen, problem, device)
+    problem = subject.problem
+    chosen, declared = _choose(kernel, subject, config)
     run, packed, compile_s = _compile(kernel, subject, chosen)
     if packed.nbytes > declared.weight_bytes:
         raise _EndError(
@@ -174,13 +170,29 @@ def _attempt(
     )
 
 
+def _choose(kernel: Kernel, subject: Subject, config: Config | None) -> tuple[Config, Footprint]:
+    problem, device = subject.problem, subject.device
+    if reason := _guarded(lambda: kernel.supports(problem, device), "compile"):
+        raise _EndError("constraint", reason)
+    chosen = config
+    if chosen is None:
+        chosen = _guarded(lambda: kernel.default(problem, device), "compile")
+    try:
+        kernel.space.check(chosen)
+    except VqError as error:
+        raise _EndError("constraint", str(error)) from error
+    return chosen, _guarded(lambda: kernel.footprint(chosen, problem, device), "compile")
+
+
 def _place(device: Device) -> str:
     return "cpu" if device.kind == "cpu" else f"cuda:{device.index}"
 
 
-def _guarded(action: Callable[[], None], status: Status) -> None:
+def _guarded(action: Callable[[], T], status: Status) -> T:
     try:
-        action()
+        return action()
+    except _EndError:
+        raise
     except Exception as error:  # a kernel may fail in any way; the reason is kept
         line = str(error).strip().splitlines()
         first = line[0] if line else "no message"
@@ -189,16 +201,21 @@ def _guarded(action: Callable[[], None], status: Status) -> None:
 
 def _compile(kernel: Kernel, subject: Subject, config: Config) -> tuple[Run, Packed, float]:
     problem, device = subject.problem, subject.device
-    made: list[tuple[Run, Packed]] = []
 
-    def build() -> None:
+    def build() -> tuple[Run, Packed]:
         packed = kernel.pack(subject.tensor, config).to(_place(device), problem.torch_dtype)
-        run = kernel.compile(config, problem, device)
-        made.append((run, packed))
+        return kernel.compile(config, problem, device), packed
 
     start = time.perf_counter()
-    _guarded(build, "compile")
-    return *made[0], time.perf_counter() - start
+    run, packed = _guarded(build, "compile")
+    took = time.perf_counter() - start
+    # a copy: what was packed may share memory with the subject, which other kernels are held to
+    return run, packed.clone(), took
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    """Equal bit for bit, so that a NaN equals itself."""
+    return torch.equal(one.flatten().view(torch.uint8), other.flatten().view(torch.uint8))
 
 
 def _check(kernel: Kernel, run: Run, packed: Packed, subject: Subject) -> Check:
@@ -207,14 +224,13 @@ def _check(kernel: Kernel, run: Run, packed: Packed, subject: Subject) -> Check:
     before = {name: array.clone() for name, array in packed.arrays.items()}
     for x, expected in zip(subject.xs, subject.references, strict=True):
         buffer = _Buffer.make(subject.problem, _place(subject.device))
-        here = x.to(_place(subject.device))
-        untouched = here.clone()
+        here = x.to(_place(subject.device), copy=True)
         _guarded(lambda x=here, out=buffer.out: run(packed, x, out), "runtime")  # type: ignore[misc]
-        if not torch.equal(here, untouched):
+        if not _same(here.cpu(), x):
             raise _EndError("incorrect", "writes to its input x")
         verdict = _verdict(kernel, buffer, expected)
         worst = verdict if worst is None or verdict.worst > worst.worst else worst
-    if any(not torch.equal(before[name], array) for name, array in packed.arrays.items()):
+    if any(not _same(before[name], array) for name, array in packed.arrays.items()):
         raise _EndError("incorrect", "writes to its packed weight")
     assert worst is not None, "a subject has two batches"
     return worst
@@ -237,8 +253,10 @@ def _verdict(kernel: Kernel, buffer: _Buffer, expected: Reference) -> Check:
 def _peak(run: Run, packed: Packed, subject: Subject, declared: Footprint) -> int | None:
     """Bytes allocated beside weight, x and out while a call runs, held against the footprint."""
     buffer = _Buffer.make(subject.problem, _place(subject.device))
-    x = subject.xs[0].to(_place(subject.device))
-    peak = memory.peak_during(lambda: run(packed, x, buffer.out), subject.device)
+    x = subject.xs[0].to(_place(subject.device), copy=True)
+    peak = _guarded(
+        lambda: memory.peak_during(lambda: run(packed, x, buffer.out), subject.device), "runtime"
+    )
     if peak is not None and peak > declared.workspace_bytes + memory.SLACK:
         raise _EndError(
             "incorrect",
@@ -254,7 +272,7 @@ def _time(
     device, place = subject.device, _place(subject.device)
     count = cold_copies(packed.nbytes, device) if cold else 1
     copies = [packed.clone() for _ in range(count)]
-    xs = [x.to(place) for x in subject.xs]
+    xs = [x.to(place, copy=True) for x in subject.xs]
     buffers = [_Buffer.make(subject.problem, place) for _ in xs]
     # an even number of calls alternates the batches on every copy
     calls = [
@@ -263,7 +281,16 @@ def _time(
         )
         for turn in range(count + count % 2)
     ]
-    samples, timing = take_samples(calls, device, budget, cold=cold)
+    samples, timing = _guarded(lambda: take_samples(calls, device, budget, cold=cold), "runtime")
     for buffer, expected in zip(buffers, subject.references, strict=True):
         _verdict(kernel, buffer, expected)
-    return samples, timing
+    # the same buffers with their contents exchanged: a kernel that stopped working, or that
+    # remembers outputs by address, leaves what was there
+    for x, buffer, other in zip(xs, buffers, reversed(subject.xs), strict=True):
+        x.copy_(other)
+        buffer.out.fill_(float("nan"))
+    for call in calls[:2]:
+        _guarded(call, "runtime")
+    for buffer, expected in zip(buffers, reversed(subject.references), strict=True):
+        _verdict(kernel, buffer, expected)
+    return samples, dataclasses.replace(timing, copies=count)

@@ -36,11 +36,11 @@ def peak_during(call: Callable[[], None], device: Device) -> int | None:
     try:
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
         before = _status_bytes("VmRSS")
-        call()
-        return max(0, _status_bytes("VmHWM") - before)
     except (OSError, ValueError, KeyError):
         call()
         return None
+    call()
+    return max(0, _status_bytes("VmHWM") - before)
 
 
 def resident_peak() -> int | None:

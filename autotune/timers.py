@@ -34,6 +34,8 @@ class Budget:
 
 def cold_copies(nbytes: int, device: Device) -> int:
     """Copies of a weight that exceed twice the last-level cache, within a quarter of memory."""
+    if nbytes == 0:
+        return 1  # nothing to keep out of a cache
     wanted = max(2, math.ceil(2 * device.llc_bytes / nbytes) + 1)
     return max(1, min(wanted, device.memory_bytes // 4 // nbytes))
 

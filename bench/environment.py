@@ -30,7 +30,8 @@ def describe_host(device: Device) -> dict[str, Any]:
 def project_revision() -> dict[str, Any]:
     """Commit of the source tree and whether it has changes; None outside a checkout."""
     commit = _git("rev-parse", "HEAD")
-    if commit is None:
+    # a prefix: installed somewhere inside another project's checkout, whose commit says nothing
+    if commit is None or _git("rev-parse", "--show-prefix"):
         return {"commit": None, "dirty": None}
     return {"commit": commit, "dirty": bool(_git("status", "--porcelain", "--untracked-files=no"))}
 

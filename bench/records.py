@@ -6,21 +6,23 @@ it measured. `load_records` gives pandas a flat table.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import math
 from collections.abc import Iterable, Mapping
 from datetime import datetime
+from io import FileIO
 from pathlib import Path
 from types import TracebackType
-from typing import Any, TextIO
+from typing import Any
 
 import pandas as pd
 
 from autotune.measurement import Measurement
 from vqkernels.errors import ContainerError
 
-__all__ = ["SCHEMA_VERSION", "Case", "RecordFile", "load_records", "read_records"]
+__all__ = ["SCHEMA_VERSION", "Case", "RecordFile", "load_records", "measurement_of", "read_records"]
 
 SCHEMA_VERSION = 1
 
@@ -60,16 +62,22 @@ class RecordFile:
         self._count = 0
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            number = 1
-            while self.path.exists():
-                number += 1
-                self.path = folder / f"{stamp:%Y%m%dT%H%M%S}-run-{number}.jsonl"
-            self._file: TextIO = self.path.open("x", encoding="utf-8")
+            self._file = self._create(folder, stamp)
         except OSError as error:
             raise ContainerError(
                 f"{folder}: results can't be written: {error.strerror}; "
                 f"choose another folder with --results"
             ) from error
+
+    def _create(self, folder: Path, stamp: datetime) -> FileIO:
+        number = 1
+        while True:
+            try:
+                # unbuffered: what could not be written must not be tried again on closing
+                return FileIO(self.path, "x")
+            except FileExistsError:  # a run that started in the same second
+                number += 1
+                self.path = folder / f"{stamp:%Y%m%dT%H%M%S}-run-{number}.jsonl"
 
     def __enter__(self) -> RecordFile:
         return self
@@ -88,23 +96,29 @@ class RecordFile:
         self, case: Case, measurement: Measurement, state: Mapping[str, Any]
     ) -> dict[str, Any]:
         """Append one record and return it. `state`: of the device, before and after."""
-        self._count += 1
+        number = self._count + 1
         record = {
             **self._header,
-            "id": f"{self.path.stem}/{self._count}",
+            "id": f"{self.path.stem}/{number}",
             "time": datetime.now().astimezone().isoformat(timespec="milliseconds"),
             **dataclasses.asdict(case),
             "state": dict(state),
             **measurement.to_dict(),
         }
+        line = json.dumps(record, default=_plain, allow_nan=False) + "\n"
+        start = self._file.tell()
         try:
-            self._file.write(json.dumps(record, default=_plain, allow_nan=False) + "\n")
-            self._file.flush()
+            rest = line.encode()
+            while rest:
+                rest = rest[self._file.write(rest) :]
         except OSError as error:
+            with contextlib.suppress(OSError):
+                self._file.truncate(start)  # no half line for readers to stumble over
             raise ContainerError(
-                f"{self.path}: record {self._count} can't be written: {error.strerror}; "
+                f"{self.path}: record {number} can't be written: {error.strerror}; "
                 f"the records before it are kept; free space or use --results"
             ) from error
+        self._count = number
         return record
 
 
@@ -128,6 +142,8 @@ def read_records(path: Path) -> list[dict[str, Any]]:
         try:
             record = json.loads(line)
             version = record["schema"]
+            if version == SCHEMA_VERSION:
+                _check(record)
         except (ValueError, KeyError, TypeError) as error:
             raise ContainerError(f"{path}: line {number} is no record; remove it") from error
         if version != SCHEMA_VERSION:
@@ -138,13 +154,26 @@ def read_records(path: Path) -> list[dict[str, Any]]:
     return records
 
 
+def _check(record: Mapping[str, Any]) -> None:
+    """Raise KeyError, TypeError or ValueError where something that readers need is missing."""
+    measurement_of(record)
+    for field in dataclasses.fields(Case):
+        record[field.name]
+    record["device"]["name"]
+
+
+def measurement_of(record: Mapping[str, Any]) -> Measurement:
+    """The measurement in a record, whose fields stand beside those of the case."""
+    names = Measurement.__dataclass_fields__
+    return Measurement.from_dict({name: v for name, v in record.items() if name in names})
+
+
 def load_records(paths: Iterable[Path]) -> pd.DataFrame:
     """All records of some files as one table: a row a record, medians and spreads derived."""
     rows = []
     for path in paths:
         for record in read_records(path):
-            names = {field.name for field in dataclasses.fields(Measurement)}
-            measured = Measurement.from_dict({n: v for n, v in record.items() if n in names})
+            measured = measurement_of(record)
             timed = measured.status == "ok"
             row = {**record, "device": record["device"]["name"]}
             row["median_s"] = measured.median_s if timed else math.nan

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from autotune.measurement import Measurement
+from bench.records import measurement_of
 
 __all__ = ["COLUMNS", "detail_rows", "refusals", "summary", "summary_rows"]
 
@@ -37,7 +37,7 @@ def detail_rows(records: Sequence[Record]) -> list[dict[str, Any]]:
     bandwidth_percent: bytes moved a second over the best rate at which this run read memory.
     """
     dense = {
-        _case_key(record): _measured(record).median_s
+        _case_key(record): measurement_of(record).median_s
         for record in records
         if record["kernel"] == "torch/dense" and record["status"] == "ok"
     }
@@ -87,11 +87,6 @@ def _case_key(record: Record) -> tuple[Any, ...]:
     return (record["workload"], record["layer"], record["format"], record["m"])
 
 
-def _measured(record: Record) -> Measurement:
-    names = Measurement.__dataclass_fields__
-    return Measurement.from_dict({name: v for name, v in record.items() if name in names})
-
-
 def _row(record: Record, dense_s: float | None) -> dict[str, Any]:
     row: dict[str, Any] = {
         name: record[name] for name in ("workload", "layer", "n", "k", "format", "m", "kernel")
@@ -100,7 +95,7 @@ def _row(record: Record, dense_s: float | None) -> dict[str, Any]:
     row["bits"] = record["effective_bits"]
     if record["status"] != "ok":
         return row
-    measured = _measured(record)
+    measured = measurement_of(record)
     median = measured.median_s
     moved = float(measured.moved_bytes or 0)
     return row | {
@@ -120,10 +115,7 @@ def _merge(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
         return first | {"layer": f"{first['layer']} {first['n']}x{first['k']}"}
     merged = dict(first) | {"layer": f"{len(rows)} of {first['n']}x{first['k']}"}
     for name in COLUMNS:
-        if isinstance(first.get(name), float):
-            merged[name] = statistics.median(_present(row.get(name) for row in rows))
+        values = [value for row in rows if isinstance(value := row.get(name), float)]
+        if values:
+            merged[name] = statistics.median(values)
     return merged
-
-
-def _present(values: Iterable[float | None]) -> list[float]:
-    return [value for value in values if value is not None]

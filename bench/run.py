@@ -112,9 +112,6 @@ def _case(
     spec = parse_format(name)
     problem = Problem(m=m, n=layer.n, k=layer.k, spec=spec, dtype=plan.dtype)  # type: ignore[arg-type]  # click checked the choice
     made = weight if isinstance(weight, Weight) else None
-    config = (
-        {} if kernel.supports(problem, plan.device) else dict(kernel.default(problem, plan.device))
-    )
     bits = effective_bits([(spec, layer.n, layer.k)]).per_weight() if made else None
     return Case(
         workload=workload.name,
@@ -127,13 +124,20 @@ def _case(
         dtype=plan.dtype,
         kernel=kernel.id,
         kernel_source=kernel.source_hash,
-        config=config,
+        config=_config(kernel, problem, plan.device),
         config_from="default",
         seed=plan.seed,
         codes=made.codes if made else None,
         relative_error=made.relative_error if made else None,
         effective_bits=bits,
     )
+
+
+def _config(kernel: Kernel, problem: Problem, device: Device) -> dict[str, Any]:
+    try:
+        return {} if kernel.supports(problem, device) else dict(kernel.default(problem, device))
+    except Exception:  # `evaluate` has met it too: the record says what happened
+        return {}
 
 
 def failures(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from bench.workload import Layer, Workload, load_workload
 from vqkernels.errors import SpecError
 from vqkernels.kernel import Kernel, registry
-from vqkernels.presets import PRESETS
+from vqkernels.presets import PRESETS, parse_format
 
 __all__ = ["DEFAULT", "Selection", "byte_code_formats", "matching_kernels"]
 
@@ -31,8 +31,10 @@ class Selection:
     def cases(self) -> Iterator[tuple[Workload, Layer, str]]:
         """Workload, layer and format of every selected case.
 
-        Raises SpecError where a pattern matches no layer.
+        Raises SpecError where a pattern matches no layer or a format is unknown.
         """
+        for name in self.formats:
+            parse_format(name)  # before anything is measured
         workload = load_workload(self.workload)
         chosen = [
             layer

@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from bench.workload import Layer, Workload
-from vqkernels.errors import BackendError, ContainerError
+from vqkernels.errors import BackendError, ContainerError, SpecError
 from vqkernels.parts import check_fit
 from vqkernels.quantize import quantize, relative_error
 from vqkernels.spec import CodebookSpec
@@ -52,13 +52,19 @@ def make_weight(workload: Workload, layer: Layer, spec: CodebookSpec, *, seed: i
     """Quantise the layer's real weight, or make codes and codebooks at random for its shape.
 
     Raises UnsupportedError where the layer can't hold the format, BackendError where the weights
-    are not installed, and ContainerError where their file is damaged.
+    are not installed, ContainerError where their file is damaged, and SpecError where it holds
+    another shape.
     """
     check_fit(spec, layer.n, layer.k)
     path = weights_file(workload)
     if path is None or layer.tensor is None:
         return Weight(random_tensor(spec, layer.n, layer.k, seed=seed), "uniform")
     dense = _read(path, layer.tensor)
+    if dense.shape != (layer.n, layer.k):
+        raise SpecError(
+            f"workload {workload.name}: layer {layer.name} is {layer.n} x {layer.k}, but "
+            f"{layer.tensor} in {path} has the shape {list(dense.shape)}; correct the layer"
+        )
     tensor = quantize(dense, spec, seed=seed)
     return Weight(tensor, "trained", relative_error(dense, tensor))
 

@@ -71,12 +71,15 @@ class Check:
 def reference(tensor: QuantizedTensor, x: Tensor) -> Reference:
     """The float64 product of `x: [m, k]` with the exact decode, decoded a few rows at a time."""
     wide = x.double()
+    # only a bound's size: fp32 is exact enough, at half the traffic; scaled, since 1e-30 squared
+    # is nothing in fp32
+    size = wide.abs().amax(dim=1, keepdim=True).nan_to_num(1, 1, 1).clamp_min(1e-300)
+    unit = (wide / size).float().square()
     outputs, squares = [], []
     for part in _row_chunks(tensor):
         outputs.append(wide @ part.decode().T)
-        # only a bound's size: fp32 is exact enough, at half the traffic
-        squares.append(x.float().square() @ _squared(part).decode(torch.float32).T)
-    y, square = torch.cat(outputs, dim=1), torch.cat(squares, dim=1).double()
+        squares.append(unit @ _squared(part).decode(torch.float32).T)
+    y, square = torch.cat(outputs, dim=1), torch.cat(squares, dim=1).double() * size.square()
     if tensor.bias is not None:
         y, square = y + tensor.bias.double(), square + tensor.bias.double().square()
     return Reference(y, square.sqrt(), _depth(tensor.spec, tensor.k))

@@ -178,21 +178,26 @@ def _count(spec: CodebookSpec, layer: Layer) -> tuple[BitCount | None, int | Non
 
 def _row(name: str, layer: str, bits: BitCount | None, count: int) -> dict[str, Any]:
     row: dict[str, Any] = {"format": name, "layer": layer, "n": None, "k": None, "count": count}
-    row |= dict.fromkeys(("vectors", "weights", *_BYTES, *_PER_WEIGHT))
+    row |= dict.fromkeys(("vectors", "weights", "total_bits", *_BYTES, *_PER_WEIGHT))
     if bits is None:
         return row
     parts = {"index": bits.index, "codebook": bits.codebook, "side": bits.side}
-    size = math.ceil(sum(parts.values()) / 8)
-    return {
-        **row,
-        "weights": bits.weights,
-        **{f"{part}_bytes": math.ceil(value / 8) for part, value in parts.items()},
-        "bytes": size,
-        "fp16_bytes": 2 * bits.weights,
+    total = sum(parts.values())
+    figures = {
         **{f"{part}_bits": value / bits.weights for part, value in parts.items()},
         "effective_bits": bits.per_weight(),
         "effective_bits_without_side": bits.per_weight(side=False),
         "ratio": 16 / bits.per_weight(),
+    }
+    return {
+        **row,
+        "weights": bits.weights,
+        "total_bits": total,
+        **{f"{part}_bytes": math.ceil(value / 8) for part, value in parts.items()},
+        "bytes": math.ceil(total / 8),
+        "fp16_bytes": 2 * bits.weights,
+        # 16 digits, as such figures are published; total_bits and weights are exact
+        **{key: float(f"{value:.16g}") for key, value in figures.items()},
     }
 
 

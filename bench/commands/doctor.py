@@ -14,7 +14,14 @@ from pathlib import Path
 import click
 import torch
 
-from bench.packages import PACKAGES, Status, check_package, first_line, install_command
+from bench.available import (
+    PACKAGES,
+    Status,
+    check_package,
+    first_line,
+    install_command,
+    preset_refusals,
+)
 from bench.tables import OUTPUTS, render
 from bench.weights import weights_file
 from bench.workload import load_workload
@@ -215,7 +222,8 @@ def _check_kernels() -> Iterator[Finding]:
     found, device = registry(), detect()
     counts: dict[str, int] = {}
     for kernel in found.kernels.values():
-        counts[kernel.backend] = counts.get(kernel.backend, 0) + 1
+        if None in preset_refusals(kernel, device):
+            counts[kernel.backend] = counts.get(kernel.backend, 0) + 1
     listed = ", ".join(f"{count} {backend}" for backend, count in counts.items())
     detail = f"{listed or 'none'} for {device.name}"
     if found.missing:

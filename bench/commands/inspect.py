@@ -117,7 +117,8 @@ def _usage(tensor: QuantizedTensor, stage: int) -> Row:
     counts = torch.nn.functional.pad(counts, (0, -len(counts) % entries)).reshape(-1, entries)
     sizes = counts.sum(dim=1, keepdim=True)
     shares = counts / sizes.clamp(min=1)
-    entropy = -(torch.xlogy(counts, shares)).sum() / sizes.sum() / torch.tensor(2.0).log()
+    # an unused entry has a share of 0, and 0 log 0 = 0
+    entropy = -(counts * shares.where(counts > 0, 1).log2()).sum() / sizes.sum()
     return {
         "used_entries": int((counts > 0).sum()),
         "entries": tensor.parts[f"codebook_{stage}"].shape[:3].numel(),

@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from bench.packages import first_line, install_hint
+from bench.available import first_line, install_hint, preset_refusals
 from bench.tables import OUTPUTS, render
 from bench.weights import weights_file
 from bench.workload import Workload, load_workload, workload_names
@@ -18,7 +18,6 @@ from vqkernels.device import Device, detect, detect_cpu, detect_gpus, known_devi
 from vqkernels.errors import BackendError
 from vqkernels.kernel import Kernel, registry
 from vqkernels.presets import PRESETS
-from vqkernels.problem import Problem
 from vqkernels.spec import CodebookSpec
 
 __all__ = ["SIZED_NAMES", "command"]
@@ -33,8 +32,6 @@ SIZED_NAMES = (
     "aqlm-STAGESxBITS",
     "vptq-MAIN-RESIDUAL",
 )
-
-_SIDE = 4096  # of the layer that kernels are asked about: every preset fits it
 
 
 @click.command("list")
@@ -102,7 +99,7 @@ def _kernels() -> list[Row]:
 
 def _kernel(kernel: Kernel, device: Device) -> Row:
     """What `kernel` is, and of how many presets it takes; a reason where that is none."""
-    reasons = [kernel.supports(_probe(spec, device), device) for spec in PRESETS.values()]
+    reasons = preset_refusals(kernel, device)
     taken = sum(reason is None for reason in reasons)
     return {
         "kernel": kernel.id,
@@ -113,11 +110,6 @@ def _kernel(kernel: Kernel, device: Device) -> Row:
         "runs": taken > 0,
         "reason": "" if taken else f"{device.name}: {reasons[0]}",
     }
-
-
-def _probe(spec: CodebookSpec, device: Device) -> Problem:
-    dtype = "float32" if device.kind == "cpu" else "float16"
-    return Problem(m=1, n=_SIDE, k=_SIDE, spec=spec, dtype=dtype)  # type: ignore[arg-type]  # one of the two
 
 
 # ------------------------------------------------------------------------------------------------

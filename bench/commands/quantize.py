@@ -103,10 +103,11 @@ def command(
             choice = _choose(file, model, job, patterns)
             _check_weights(file, model, choice.names)
             _check_space(file, folder, choice.names, job.spec)
+            provenance = _provenance(model, label, job)
             tensors, rows = _quantize_all(file, model, choice.names, job)
         if tensors:
             folder.mkdir(parents=True, exist_ok=True)
-            container.save(target, tensors, provenance=_provenance(model, label, job))
+            container.save(target, tensors, provenance=provenance)
     except KeyboardInterrupt:
         click.echo(f"interrupted: {target} was not written", err=True)
         sys.exit(130)
@@ -135,10 +136,9 @@ def _opened(model: Path) -> Iterator[Any]:
         line = (str(error).splitlines() or [type(error).__name__])[0]
         raise ContainerError(f"{model}: {_not_safetensors(model)} ({line})") from error
     except OSError as error:
-        if isinstance(error, BlockingIOError | InterruptedError) or error.filename is not None:
-            raise
+        reason = error.strerror or str(error)
         raise ContainerError(
-            f"{model}: can't be read ({error.strerror or error}); check its mode"
+            f"{error.filename or model}: can't be read ({reason}); check the path and its mode"
         ) from error
 
 
@@ -189,9 +189,6 @@ def _check_space(file: Any, folder: Path, names: Sequence[str], spec: CodebookSp
 def _provenance(model: Path, label: str, job: _Job) -> dict[str, str]:
     with model.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
-    # a build that wants the same bytes again says what the date is
-    stamp = os.environ.get("SOURCE_DATE_EPOCH")
-    date = datetime.fromtimestamp(int(stamp), UTC) if stamp else datetime.now(UTC)
     return {
         "source": model.name,
         "source_sha256": digest,
@@ -199,7 +196,7 @@ def _provenance(model: Path, label: str, job: _Job) -> dict[str, str]:
         "method": job.spec.method,
         "seed": str(job.seed),
         "iterations": str(job.iterations),
-        "date": date.isoformat(timespec="seconds"),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }
 
 

@@ -75,7 +75,8 @@ def command(
         budget=Budget(seconds=seconds, max_samples=samples),
         cold=not hot,
     )
-    console = Console(stderr=True)
+    # what is printed is data (names, reasons, paths): no markup, no emoji, no colours
+    console = Console(stderr=True, markup=False, emoji=False, highlight=False)
     records, path, interrupted = _execute(plan, results / where.slug, console)
     _print(records, output, all_layers=all_layers)
     _explain(records, path, console)
@@ -113,14 +114,14 @@ def _selections(
 def _execute(plan: Plan, folder: Path, console: Console) -> tuple[list[dict[str, Any]], Path, bool]:
     """Run with a progress bar; returns the records, their file and whether Ctrl-C ended it."""
     size = plan.size
-    console.print(_opening(plan.device), highlight=False)
+    console.print(_opening(plan.device), soft_wrap=True)
     bandwidth = measure_bandwidth(plan.device)
-    console.print(_memory_line(bandwidth), highlight=False)
+    console.print(_memory_line(bandwidth), soft_wrap=True)
     records: list[dict[str, Any]] = []
     with (
         RecordFile(folder, header(plan, bandwidth)) as file,
         Progress(
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(),
             MofNCompleteColumn(),
             TimeRemainingColumn(),
@@ -163,15 +164,13 @@ def _print(records: Sequence[dict[str, Any]], output: str, *, all_layers: bool) 
 
 def _explain(records: Sequence[dict[str, Any]], path: Path, console: Console) -> None:
     """How it ended, on standard error: counts, refusals with their reasons, failures, the file."""
-    console.print(report.summary(records), highlight=False)
-    for line, count in report.refusals(records).items():
-        console.print(f"  {count} x {line}", highlight=False, markup=False)
-    for record in failures(records):
-        console.print(
-            f"  FAILED {record['workload']} {record['layer']} {record['format']} "
-            f"m={record['m']} {record['kernel']}: {record['status']}: {record['reason']}",
-            highlight=False,
-            markup=False,
-        )
+    lines = [report.summary(records)]
+    lines += [f"  {count} x {line}" for line, count in report.refusals(records).items()]
+    lines += [
+        f"  FAILED {record['workload']} {record['layer']} {record['format']} "
+        f"m={record['m']} {record['kernel']}: {record['status']}: {record['reason']}"
+        for record in failures(records)
+    ]
     if records:
-        console.print(f"records: {path}", highlight=False, soft_wrap=True)
+        lines.append(f"records: {path}")
+    console.print("\n".join(lines), soft_wrap=True)

@@ -60,9 +60,25 @@ def pool() -> str:
     _thread_ids(ids)
     if numba.threading_layer() != "omp":
         return f"numba's own ({numba.threading_layer()}): install the system's libgomp"
-    if not before.issuperset(ids.tolist()):
+    if not _torch_first() or not before.issuperset(ids.tolist()):
         return "numba's own (omp): import torch or vqkernels before the first numba launch"
     return "shared with torch"
+
+
+def _torch_first() -> bool:
+    """Whether torch's OpenMP was loaded before numba's layer looked for one."""
+    names: list[str] = []
+
+    def visit(info, size, data):
+        # struct dl_phdr_info: the load address, then the path
+        names.append(ctypes.cast(info, ctypes.POINTER(ctypes.c_char_p))[1].decode())
+        return 0
+
+    callback = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_void_p)
+    ctypes.CDLL(None).dl_iterate_phdr(callback(visit), None)  # in the order of loading
+    runtime = [i for i, name in enumerate(names) if "/torch/" in name and "gomp" in name]
+    layer = [i for i, name in enumerate(names) if "omppool" in name]
+    return not runtime or not layer or runtime[0] < layer[0]
 
 
 def limit(threads: int) -> None:

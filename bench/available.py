@@ -1,4 +1,4 @@
-"""Packages that vqbench can start without: what each is for, whether it works, how to get it."""
+"""What can be used on this machine: optional packages, with how to get them, and kernels."""
 
 from __future__ import annotations
 
@@ -11,10 +11,25 @@ import sys
 from pathlib import Path
 from typing import Literal
 
-__all__ = ["PACKAGES", "Package", "Status", "check_package", "install_command", "install_hint"]
+from vqkernels.device import Device
+from vqkernels.kernel import Kernel
+from vqkernels.presets import PRESETS
+from vqkernels.problem import Problem
+
+__all__ = [
+    "PACKAGES",
+    "Package",
+    "Status",
+    "check_package",
+    "first_line",
+    "install_command",
+    "install_hint",
+    "preset_refusals",
+]
 
 Status = Literal["ok", "missing", "problem"]
 
+_SIDE = 4096  # of the layer that kernels are asked about: every preset fits it
 _CONSTRAINTS = Path(__file__).resolve().parent.parent / "constraints.txt"
 
 
@@ -92,3 +107,12 @@ def first_line(error: Exception) -> str:
     """`Type: message` of any exception, in one line."""
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+
+
+def preset_refusals(kernel: Kernel, device: Device) -> list[str | None]:
+    """For each preset, None or why `kernel` can't run it on `device` (at m = 1, 4096 x 4096)."""
+    dtype: Literal["float32", "float16"] = "float32" if device.kind == "cpu" else "float16"
+    return [
+        kernel.supports(Problem(m=1, n=_SIDE, k=_SIDE, spec=spec, dtype=dtype), device)
+        for spec in PRESETS.values()
+    ]

@@ -1,0 +1,318 @@
+"""`vqbench quantize`: from a checkpoint to a container, and every way it can go wrong."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import pickle
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from click.testing import CliRunner, Result
+from safetensors.torch import save_file
+
+from bench import cli
+from bench.commands import quantize as command
+from vqkernels import container
+from vqkernels.presets import parse_format
+from vqkernels.quantize import quantize, relative_error
+
+Tensors = dict[str, torch.Tensor]
+
+FORMAT = "rq-2x16x4"
+
+
+def tensors() -> Tensors:
+    generator = torch.Generator().manual_seed(7)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    return {
+        "0.query.weight": normal(24, 32),
+        "0.query.bias": normal(24),
+        "0.output.weight": normal(16, 24).to(torch.bfloat16),
+        "0.output.bias": normal(3),  # of no use: another length
+        "LayerNorm.weight": normal(32),
+        "embeddings.word.weight": normal(50, 32),
+        "final_norm.weight": normal(32, 32),
+        "tiny.weight": normal(2, 64),
+        "position_table": normal(8, 8),
+        "conv.weight": normal(4, 4, 4),
+        "mask.weight": torch.ones(16, 16, dtype=torch.int32),
+    }
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    path = tmp_path / "model.safetensors"
+    save_file(tensors(), path)
+    return path
+
+
+def run(model: Path, folder: Path, *arguments: str, name: str = FORMAT) -> Result:
+    return CliRunner().invoke(
+        cli.cli, ["quantize", str(model), "-f", name, "-o", str(folder), *arguments]
+    )
+
+
+def test_quantises_the_linear_layers_and_says_what_it_left(model: Path, tmp_path: Path) -> None:
+    result = run(model, tmp_path / "new" / "out")
+    assert result.exit_code == 0, result.output
+    (path,) = (tmp_path / "new" / "out").iterdir()
+    assert path.name == f"model.{FORMAT}.vq.safetensors"
+    found = container.load(path, decoded=True)
+    assert set(found) == {"0.query.weight", "0.output.weight"}
+    for line in (
+        "skipped 4 not a matrix",
+        "skipped 1 of dtype I32, not F64, F32, F16, BF16: mask.weight",
+        "skipped 1 with 'embed' in the name: embeddings.word.weight",
+        "skipped 1 with 'norm' in the name: final_norm.weight",
+        "skipped 1 smaller than a vector of 4: tiny.weight",
+        "skipped 1 not called *.weight: position_table",
+        f"wrote {path}",
+    ):
+        assert line in result.stderr, line
+
+
+def test_holds_what_the_quantizer_gives_and_where_it_is_from(model: Path, tmp_path: Path) -> None:
+    result = run(model, tmp_path, "--bias", "--seed", "3", "--iterations", "4", "--name", "mine")
+    assert result.exit_code == 0, result.output
+    path = tmp_path / "mine.vq.safetensors"
+    weight = tensors()["0.query.weight"]
+    expected = quantize(weight, parse_format(FORMAT), seed=3, iterations=4)
+    found = container.load(path)
+    assert torch.equal(found["0.query.weight"].decode(), expected.decode())
+    assert torch.equal(found["0.query.weight"].bias, tensors()["0.query.bias"])
+    assert found["0.output.weight"].bias is None
+    query = next(line for line in result.stdout.splitlines() if "0.query.weight" in line)
+    assert query.split()[1:5] == [
+        "24x32",
+        "ok",
+        f"{expected.bits.per_weight():.4f}",
+        f"{relative_error(weight, expected):.4f}",
+    ]
+    origin = container.describe(path).provenance
+    assert origin["source"] == "model.safetensors"
+    assert origin["source_sha256"] == hashlib.sha256(model.read_bytes()).hexdigest()
+    assert (origin["seed"], origin["iterations"]) == ("3", "4")
+    assert (origin["method"], origin["format"]) == ("rq", FORMAT)
+    assert origin["creator"].startswith("vqbench ")
+    assert origin["date"].startswith("20")
+
+
+def test_same_seed_same_weights(model: Path, tmp_path: Path) -> None:
+    sums = []
+    for seed, folder in (("1", "a"), ("1", "b"), ("2", "c")):
+        assert run(model, tmp_path / folder, "--seed", seed).exit_code == 0
+        info = container.describe(next((tmp_path / folder).iterdir()))
+        sums.append([tensor.decoded_checksum for tensor in info.tensors])
+    assert sums[0] == sums[1] != sums[2]
+
+
+def test_layer_takes_any_matrix_by_name(model: Path, tmp_path: Path) -> None:
+    result = run(model, tmp_path / "out", "-l", "embed*", "-l", "position_*", name="vq-16x4")
+    assert result.exit_code == 0, result.output
+    (path,) = (tmp_path / "out").iterdir()
+    assert set(container.load(path)) == {"embeddings.word.weight", "position_table"}
+    assert "skipped" not in result.stderr
+
+
+def test_format_file_names_the_output(model: Path, tmp_path: Path) -> None:
+    own = tmp_path / "own.toml"
+    own.write_text("vector_length = 4\nstages = [16]\n", encoding="utf-8")
+    assert run(model, tmp_path / "out", name=str(own)).exit_code == 0
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["model.own.vq.safetensors"]
+
+
+def test_layers_that_cannot_hold_the_format_are_refused(model: Path, tmp_path: Path) -> None:
+    some = run(model, tmp_path / "some", name="vq-128x4")
+    assert some.exit_code == 0
+    assert "refused 0.output.weight: 128 entries for 96 vectors a codebook" in some.stderr
+    (path,) = (tmp_path / "some").iterdir()
+    assert set(container.load(path)) == {"0.query.weight"}
+    none = run(model, tmp_path / "none", name="vq-65536x4")
+    assert none.exit_code == 1
+    assert "nothing was written" in none.stderr
+    assert not (tmp_path / "none").exists()
+
+
+def test_method_that_is_missing_is_a_refusal(model: Path, tmp_path: Path) -> None:
+    own = tmp_path / "rotated.toml"
+    own.write_text("vector_length = 4\nstages = [16]\nrotation_size = 8\n", encoding="utf-8")
+    result = run(model, tmp_path / "out", name=str(own))
+    assert result.exit_code in (0, 1)  # 0 once rotations are found
+    assert (result.exit_code == 1) == ("rotation_size = 8" in result.stderr)
+
+
+# ------------------------------------------------------------------------------------------------
+# bad input
+
+
+def damage(change: Callable[[bytes], bytes]) -> Callable[[Path], None]:
+    return lambda path: path.write_bytes(change(path.read_bytes())) and None
+
+
+def rewrite(**changes: torch.Tensor) -> Callable[[Path], None]:
+    return lambda path: save_file({**tensors(), **changes}, path)
+
+
+def spoiled(value: float) -> torch.Tensor:
+    weight = tensors()["0.query.weight"]
+    weight[5, 7] = value
+    return weight
+
+
+@pytest.mark.parametrize(
+    ("spoil", "words"),
+    [
+        (Path.unlink, ["there is no such file", "give the path"]),
+        (lambda path: (path.unlink(), path.mkdir()), ["is not a file", "give the path"]),
+        (damage(lambda content: content[:-100]), ["truncated", "download it again"]),
+        (damage(lambda content: content[:5]), ["truncated", "download it again"]),
+        (damage(lambda content: b""), ["truncated", "download it again"]),
+        (damage(lambda content: b"\xff" * 8 + content[8:]), ["damaged", "download it again"]),
+        (damage(lambda content: pickle.dumps({})), ["pickle", "never loads", "save_file"]),
+        (
+            rewrite(**{"0.query.weight": spoiled(float("nan"))}),
+            ["tensor '0.query.weight'", "NaN", "repair"],
+        ),
+        (
+            rewrite(**{"0.query.weight": spoiled(float("inf"))}),
+            ["tensor '0.query.weight'", "infinity", "repair"],
+        ),
+    ],
+    ids=["absent", "folder", "cut", "stub", "empty", "length", "pickle", "nan", "inf"],
+)
+def test_bad_model(
+    spoil: Callable[[Path], Any],
+    words: list[str],
+    model: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    spoil(model)
+    out = tmp_path / "out"
+    monkeypatch.setattr(
+        sys, "argv", ["vqbench", "quantize", str(model), "-f", FORMAT, "-o", str(out)]
+    )
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    assert end.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: {model}: ")
+    assert all(word in line for word in words), line
+    assert not out.exists()
+
+
+def test_pickle_is_never_run(tmp_path: Path) -> None:
+    class Bomb:
+        def __reduce__(self) -> tuple[Any, ...]:
+            return Path.touch, (tmp_path / "boom",)
+
+    path = tmp_path / "model.safetensors"
+    torch.save({"x.weight": Bomb()}, path)
+    assert "never loads" in str(run(path, tmp_path / "out").exception)
+    assert not (tmp_path / "boom").exists()
+
+
+def test_bad_bias_names_its_layer(model: Path, tmp_path: Path) -> None:
+    save_file({**tensors(), "0.query.bias": torch.full((24,), float("nan"))}, model)
+    message = str(run(model, tmp_path / "out", "--bias").exception)
+    assert message.startswith(f"{model}: tensor '0.query.weight': bias")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["-l", "nothing*"], ["no tensor matches nothing*", "--layer"]),
+        (["-l", "0.query.bias"], ["no tensor matches", "1 not a matrix"]),
+        (["-f", "vq-1"], ["format 'vq-1' is unknown"]),
+    ],
+)
+def test_bad_arguments(arguments: list[str], words: list[str], model: Path, tmp_path: Path) -> None:
+    result = run(model, tmp_path / "out", *arguments)
+    assert all(word in str(result.exception) for word in words), result.exception
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["a/b", "..", "x\n"])
+def test_bad_name_is_a_usage_error(name: str, model: Path, tmp_path: Path) -> None:
+    before = sorted(tmp_path.rglob("*"))
+    result = run(model, tmp_path / "out", "--name", name)
+    if name != "..":  # "...vq.safetensors" is a name, if an odd one
+        assert result.exit_code == 2
+        assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_model_is_never_overwritten(tmp_path: Path) -> None:
+    path = tmp_path / "model.vq.safetensors"
+    save_file(tensors(), path)
+    before = path.read_bytes()
+    result = run(path, tmp_path, "--name", "model")
+    assert "is the model itself" in str(result.exception)
+    assert path.read_bytes() == before
+
+
+# ------------------------------------------------------------------------------------------------
+# the output folder
+
+
+def test_output_below_a_file(model: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    for folder in (tmp_path / "file", tmp_path / "file" / "below"):
+        assert f"{tmp_path / 'file'}: is a file" in str(run(model, folder).exception)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_unwritable_folder(model: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "locked"
+    folder.mkdir(mode=0o500)
+    assert f"{folder}: can't be written to" in str(run(model, folder).exception)
+
+
+def test_unwritable_folder_is_refused_before_any_work(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(command.os, "access", lambda path, mode: mode == os.R_OK)
+    monkeypatch.setattr(command, "quantize", None)
+    assert f"{tmp_path}: can't be written to" in str(run(model, tmp_path / "out").exception)
+
+
+def test_full_disk_leaves_nothing(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = sorted(tmp_path.rglob("*"))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=100))
+    message = str(run(model, tmp_path / "out").exception)
+    assert "needs " in message
+    assert "100 left; free some space" in message
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_ctrl_c_leaves_nothing_and_the_old_file(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert run(model, tmp_path).exit_code == 0
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    calls = []
+
+    def interrupted(*arguments: Any, **options: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return quantize(*arguments, **options)
+
+    monkeypatch.setattr(command, "quantize", interrupted)
+    result = run(model, tmp_path, "--seed", "9")
+    assert result.exit_code == 130
+    assert "interrupted" in result.stderr
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
