@@ -12,6 +12,7 @@ import sys
 import click
 
 import bench.commands
+import vqkernels
 from vqkernels.errors import VqError
 
 __all__ = ["cli", "main"]
@@ -33,7 +34,7 @@ class _Commands(click.Group):
 
 
 @click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
-@click.version_option(package_name="vqbench", message="%(prog)s %(version)s")
+@click.version_option(vqkernels.__version__, message="%(prog)s %(version)s")
 def cli() -> None:
     """Measure and tune kernels for codebook-quantised (VQ) inference.
 
@@ -44,10 +45,17 @@ def cli() -> None:
 def main() -> None:
     """The console entry point."""
     try:
-        cli(prog_name="vqbench")
+        code = cli(prog_name="vqbench", standalone_mode=False)
     except VqError as error:
         click.echo(f"error: {error}", err=True)
         sys.exit(2)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except click.Abort:
+        click.echo("interrupted", err=True)
+        sys.exit(130)
+    sys.exit(code if isinstance(code, int) else 0)
 
 
 if __name__ == "__main__":

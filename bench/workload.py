@@ -24,6 +24,10 @@ class Layer:
     k: int
     tensor: str | None = None
 
+    def __post_init__(self) -> None:
+        if not all(type(side) is int and side > 0 for side in (self.n, self.k)):
+            raise ValueError(f"layer {self.name!r}: n and k must be whole numbers of at least 1")
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Workload:
@@ -60,7 +64,7 @@ def load_workload(name: str) -> Workload:
         )
     try:
         return _from_table(path.stem, tomllib.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise SpecError(f"workload file {path}: {error!r}; see bench/workloads") from error
 
 

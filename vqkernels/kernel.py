@@ -146,8 +146,8 @@ def registry() -> Registry:
     for name in _builtin_modules():
         try:
             found = importlib.import_module(name)
-        except ImportError as error:
-            missing[name.removeprefix("vqkernels.kernels.")] = str(error)
+        except Exception as error:  # a broken backend may fail in any way, and is only absent
+            missing[name.removeprefix("vqkernels.kernels.")] = f"{type(error).__name__}: {error}"
             continue
         if isinstance(kernel := getattr(found, "KERNEL", None), Kernel):
             kernels[kernel.id] = kernel

@@ -1,4 +1,5 @@
 import dataclasses
+import itertools
 import json
 import math
 
@@ -183,7 +184,7 @@ def test_consecutive_timed_calls_see_other_activations(subject):
         attempt(zoo.make_kernel(watch), subject, budget=budget, cold=cold)
         timed = seen[3:-2]  # after the check and the peak, before the last check
         assert len(timed) == 10
-        assert all(one != other for one, other in zip(timed, timed[1:], strict=False))
+        assert all(one != other for one, other in itertools.pairwise(timed))
 
 
 @pytest.mark.parametrize("run", [zoo.spoiling_x, zoo.after(3, zoo.spoiling_x)])
@@ -198,9 +199,7 @@ def test_a_kernel_that_spoils_its_weight_leaves_the_subject_whole(subject):
     def run(packed, x, out):
         packed["codebook_0"].zero_()
 
-    big = zoo.make_kernel(
-        run, pack=zoo.shared, footprint=lambda *_: Footprint(1 << 20, 0, 1)
-    )
+    big = zoo.make_kernel(run, pack=zoo.shared, footprint=lambda *_: Footprint(1 << 20, 0, 1))
     before = subject.tensor.decode()
     attempt(big, subject)
     assert torch.equal(subject.tensor.decode(), before)

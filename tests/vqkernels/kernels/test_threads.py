@@ -12,7 +12,7 @@ import torch
 
 from vqkernels.kernels.numba import threads
 
-OWN_POOL = """
+NUMBA_FIRST = """
 import numba, numpy
 @numba.njit(parallel=True)
 def early(x):
@@ -21,7 +21,18 @@ def early(x):
 numba.config.THREADING_LAYER = "omp"
 early(numpy.zeros(4096))
 from vqkernels.kernels.numba import threads
-print(threads.pool())
+maps = open("/proc/self/maps").read().split()
+copies = {word for word in maps if "libgomp" in word}
+print(len(copies), threads.pool())
+"""
+
+COUNT_KEPT = """
+import torch
+torch.set_num_threads(1)
+from vqkernels.kernels.numba import threads
+import numba, numpy
+threads._thread_ids(numpy.zeros(2, numpy.int64))
+print(torch.get_num_threads())
 """
 
 
@@ -32,15 +43,18 @@ def run_fresh(code: str) -> str:
 
 @pytest.mark.skipif(torch.get_num_threads() < 2, reason="one core: no pool to share")
 def test_torch_and_numba_share_one_pool() -> None:
-    assert (
-        run_fresh("from vqkernels.kernels.numba import threads; print(threads.pool())")
-        == "shared with torch"
-    )
+    code = "from vqkernels.kernels.numba import threads; print(threads.pool())"
+    assert run_fresh(code) == "shared with torch"
 
 
 @pytest.mark.skipif(torch.get_num_threads() < 2, reason="one core: no pool to share")
-def test_a_numba_launch_before_torch_is_noticed() -> None:
-    assert run_fresh(OWN_POOL).startswith("numba's own")
+def test_numba_first_is_one_pool_or_noticed() -> None:
+    copies, pool = run_fresh(NUMBA_FIRST).split(" ", 1)
+    assert (pool == "shared with torch") == (copies == "1"), pool
+
+
+def test_starting_numba_keeps_the_count_that_torch_was_given() -> None:
+    assert run_fresh(COUNT_KEPT) == "1"
 
 
 def test_limit_sets_both() -> None:

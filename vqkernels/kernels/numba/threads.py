@@ -7,9 +7,13 @@ a 5 ms numba region take 24 ms right after a torch one.
 So there is one pool, torch's. torch loads its libgomp into the global symbol scope when it is
 imported; numba's `omp` layer asks for `GOMP_parallel` by that name and, loaded later, binds to
 torch's copy. `import torch` before the first numba launch is all it takes, and this module does
-it. No thread of ours exists, so idle threads can't spin against anything.
+it. (The other way round, torch 2.13 takes the libgomp that is already there; builds that carry
+theirs under another name don't, and `pool` says so.) No thread of ours exists, so idle threads
+can't spin against anything.
 
-Thread counts are set for both at once, and pinning is for measurement only.
+One runtime means one setting: when numba starts its threads it sets the runtime's thread count,
+which is torch's too. They are started here, once, and torch's count is put back. Pinning is for
+measurement only.
 """
 
 # mypy: ignore-errors
@@ -43,7 +47,14 @@ def _choose_layer() -> None:
         numba.config.THREADING_LAYER = "omp"
 
 
+def _start() -> None:
+    count = torch.get_num_threads()
+    numba.set_num_threads(numba.get_num_threads())
+    torch.set_num_threads(count)
+
+
 _choose_layer()
+_start()
 
 
 @numba.njit(parallel=True)
@@ -83,8 +94,8 @@ def _torch_first() -> bool:
 
 def limit(threads: int) -> None:
     """Use `threads` threads, in torch and numba alike."""
-    torch.set_num_threads(threads)
     numba.set_num_threads(min(threads, numba.config.NUMBA_NUM_THREADS))
+    torch.set_num_threads(threads)
 
 
 @contextlib.contextmanager

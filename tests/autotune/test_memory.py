@@ -1,0 +1,74 @@
+import dataclasses
+
+import pytest
+import torch
+
+from autotune import memory
+from tests.autotune.zoo import DEVICE
+
+MIB = 1 << 20
+
+
+@pytest.fixture
+def known():
+    if memory.peak_during(lambda: None, DEVICE) is None:
+        pytest.skip("this system doesn't tell a process's peak memory")
+
+
+def test_the_worst_moment_of_a_call_counts_though_it_is_over(known):
+    def call():
+        torch.ones(16 * MIB)  # 64 MiB, freed at once
+
+    assert 60 * MIB < memory.peak_during(call, DEVICE) < 80 * MIB
+
+
+def test_what_was_allocated_before_does_not_count(known):
+    held = torch.ones(16 * MIB)
+    assert memory.peak_during(lambda: None, DEVICE) <= memory.SLACK
+    del held
+    assert memory.peak_during(lambda: None, DEVICE) <= memory.SLACK
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyError, OSError])
+def test_an_error_of_the_call_is_not_mistaken_for_the_systems(error):
+    calls = []
+
+    def call():
+        calls.append(1)
+        raise error("the call's own")
+
+    with pytest.raises(error, match="the call's own"):
+        memory.peak_during(call, DEVICE)
+    assert len(calls) == 1
+
+
+def test_a_system_that_tells_nothing_gives_none_after_one_call(monkeypatch):
+    def unreadable(field):
+        raise KeyError(field)
+
+    monkeypatch.setattr(memory, "_status_bytes", unreadable)
+    calls = []
+    assert memory.peak_during(lambda: calls.append(1), DEVICE) is None
+    assert memory.resident_peak() is None
+    assert calls == [1]
+
+
+def test_the_processs_peak_is_what_the_system_says(known):
+    assert 50 * MIB < memory.resident_peak() < 1 << 40
+
+
+def test_a_gpu_tells_by_its_allocator(monkeypatch):
+    steps = []
+    for name, value in (
+        ("synchronize", None),
+        ("reset_peak_memory_stats", None),
+        ("memory_allocated", 100),
+        ("max_memory_allocated", 130),
+    ):
+        monkeypatch.setattr(
+            torch.cuda, name, lambda index, name=name, value=value: steps.append(name) or value
+        )
+    gpu = dataclasses.replace(DEVICE, kind="cuda")
+    assert memory.peak_during(lambda: steps.append("call"), gpu) == 30
+    assert steps.index("reset_peak_memory_stats") < steps.index("call")
+    assert steps[steps.index("call") + 1] == "synchronize"
