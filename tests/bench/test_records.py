@@ -106,10 +106,15 @@ def test_no_files_make_an_empty_table():
 
 
 def test_an_interrupted_run_keeps_what_it_measured(tmp_path):
-    with pytest.raises(KeyboardInterrupt), RecordFile(tmp_path, HEADER) as file:
-        file.write(make_case(), OK, STATE)
-        raise KeyboardInterrupt
-    assert len(read_records(file.path)) == 1
+    def run():
+        with RecordFile(tmp_path, HEADER) as file:
+            file.write(make_case(), OK, STATE)
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run()
+    (path,) = tmp_path.iterdir()
+    assert len(read_records(path)) == 1
 
 
 def test_an_empty_run_leaves_no_file(tmp_path):

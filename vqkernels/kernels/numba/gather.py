@@ -100,6 +100,7 @@ def kernel(shape: Shape, tokens: int, fused: bool):
             base_a, base_b = rows_of[row] * set_size, rows_of[row + 1] * set_size
             base_c, base_d = rows_of[row + 2] * set_size, rows_of[row + 3] * set_size
         for first in range(0, columns, BLOCK):
+            simd.prefetch(flat, index + cells.AHEAD)
             for cell in range(BLOCK):
                 base = columns_of[first + cell] * set_size if column_sets else 0
                 at = (first + cell) * x_step

@@ -24,6 +24,7 @@ __all__ = [
     "fma",
     "load",
     "part",
+    "prefetch",
     "repeat",
     "spread",
     "store",
@@ -102,6 +103,24 @@ def store(typing, array, index, vector):
         return context.get_dummy_value()
 
     return types.void(array, types.intp, vector), codegen
+
+
+@intrinsic
+def prefetch(typing, array, index):
+    """Ask for the cache line of `array[index]`; an index past the end is harmless."""
+
+    def codegen(context, builder, signature, args):
+        byte = ir.IntType(8).as_pointer()
+        signature_type = ir.FunctionType(ir.VoidType(), [byte, _INT, _INT, _INT])
+        function = cgutils.get_or_insert_function(
+            builder.module, signature_type, "llvm.prefetch.p0"
+        )
+        pointer = _pointer(context, builder, array, args[0], args[1], byte.pointee)
+        # for reading, into all levels, data
+        builder.call(function, [pointer, _INT(0), _INT(3), _INT(1)])
+        return context.get_dummy_value()
+
+    return types.void(array, types.intp), codegen
 
 
 @intrinsic

@@ -207,6 +207,8 @@ def _sweep(tokens: int):
         @register_jitable
         def sweep(words, tables, entries, sums):
             for row in range(words.size):
+                if row % cells.LINE == 0:
+                    simd.prefetch(words, row + cells.AHEAD)
                 word = words[row]
                 # four independent pairs: the adds overlap instead of waiting on one sum
                 a = tables[np.intp(word & byte)]
@@ -225,6 +227,8 @@ def _sweep(tokens: int):
         def sweep(words, tables, entries, sums):
             step = entries * tokens
             for row in range(words.size):
+                if row % cells.LINE == 0:
+                    simd.prefetch(words, row + cells.AHEAD)
                 word = words[row]
                 a, b = simd.load(sums, row * tokens, tokens), simd.zero(tokens)
                 for pair in range(0, BLOCK, 2):

@@ -41,14 +41,16 @@ def default(problem: Problem, device: Device) -> Config:
 
 
 def footprint(config: Config, problem: Problem, device: Device) -> Footprint:
-    """int32 codes, fp32 codebooks, and twice the dense weight while it is put in order."""
+    """int32 codes, fp32 codebooks, and the dense weight that each call makes."""
     spec = problem.spec
     rows, columns = code_grid(spec, problem.n, problem.k)
     stages = len(spec.stages)
     weight = 4 * rows * columns * stages + books_bytes(problem) + sides_bytes(problem)
     dense = rows * columns * spec.vector_length
     width_x, width_y = core_shape(spec, problem.n, problem.k)
-    workspace = 8 * dense + 4 * problem.m * (width_x + 2 * width_y + 2 * problem.k)
+    copies = 1 if spec.vector_axis == "in" else 2  # along out it is put in order once more
+    bags = 24 * rows * columns  # embedding_bag's own offsets and sizes, int64 a cell each
+    workspace = 4 * copies * dense + bags + 4 * problem.m * (width_x + 2 * width_y + 2 * problem.k)
     return Footprint(weight, workspace, problem.flops + dense * (stages - 1))
 
 
