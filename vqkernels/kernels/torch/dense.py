@@ -11,7 +11,7 @@ from torch import Tensor
 
 from vqkernels.device import Device
 from vqkernels.kernel import Footprint, Kernel, Packed, Run
-from vqkernels.kernels.torch.common import unsupported_activations
+from vqkernels.kernels.torch.indexing import unsupported_activations
 from vqkernels.problem import Problem
 from vqkernels.space import Config, Space
 from vqkernels.tensor import QuantizedTensor

@@ -21,7 +21,7 @@ from vqkernels.kernels.linear import (
     sides_bytes,
     surround,
 )
-from vqkernels.kernels.torch.common import unsupported_activations
+from vqkernels.kernels.torch.indexing import unsupported_activations
 from vqkernels.parts import code_grid
 from vqkernels.problem import Problem
 from vqkernels.space import Config, Space
