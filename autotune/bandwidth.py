@@ -32,7 +32,7 @@ def measure_bandwidth(device: Device) -> Bandwidth:
     thousands of times smaller.
     """
     nbytes = min(max(8 * device.llc_bytes, 256 << 20), device.memory_bytes // 8)
-    place = "cpu" if device.kind == "cpu" else f"cuda:{device.index}"
+    place = device.torch_name
     matrix = torch.ones(nbytes // (4 * 4096), 4096, device=place)
     x, y = torch.ones(4096, device=place), torch.empty(matrix.shape[0], device=place)
     budget = Budget(seconds=0.5, min_samples=5, max_samples=50)

@@ -184,10 +184,6 @@ def _choose(kernel: Kernel, subject: Subject, config: Config | None) -> tuple[Co
     return chosen, _guarded(lambda: kernel.footprint(chosen, problem, device), "compile")
 
 
-def _place(device: Device) -> str:
-    return "cpu" if device.kind == "cpu" else f"cuda:{device.index}"
-
-
 def _guarded(action: Callable[[], T], status: Status) -> T:
     try:
         return action()
@@ -203,7 +199,7 @@ def _compile(kernel: Kernel, subject: Subject, config: Config) -> tuple[Run, Pac
     problem, device = subject.problem, subject.device
 
     def build() -> tuple[Run, Packed]:
-        packed = kernel.pack(subject.tensor, config).to(_place(device), problem.torch_dtype)
+        packed = kernel.pack(subject.tensor, config, problem).to(device.torch_name)
         return kernel.compile(config, problem, device), packed
 
     start = time.perf_counter()
@@ -223,12 +219,12 @@ def _check(kernel: Kernel, run: Run, packed: Packed, subject: Subject) -> Check:
     worst: Check | None = None
     before = {name: array.clone() for name, array in packed.arrays.items()}
     for x, expected in zip(subject.xs, subject.references, strict=True):
-        buffer = _Buffer.make(subject.problem, _place(subject.device))
-        here = x.to(_place(subject.device), copy=True)
+        buffer = _Buffer.make(subject.problem, subject.device.torch_name)
+        here = x.to(subject.device.torch_name, copy=True)
         _guarded(lambda x=here, out=buffer.out: run(packed, x, out), "runtime")  # type: ignore[misc]
         if not _same(here.cpu(), x):
             raise _EndError("incorrect", "writes to its input x")
-        verdict = _verdict(kernel, buffer, expected)
+        verdict = _verdict(kernel, subject.problem, buffer, expected)
         worst = verdict if worst is None or verdict.worst > worst.worst else worst
     if any(not _same(before[name], array) for name, array in packed.arrays.items()):
         raise _EndError("incorrect", "writes to its packed weight")
@@ -236,11 +232,11 @@ def _check(kernel: Kernel, run: Run, packed: Packed, subject: Subject) -> Check:
     return worst
 
 
-def _verdict(kernel: Kernel, buffer: _Buffer, expected: Reference) -> Check:
+def _verdict(kernel: Kernel, problem: Problem, buffer: _Buffer, expected: Reference) -> Check:
     if not buffer.guards_hold():
         raise _EndError("incorrect", "writes outside its output")
     out = buffer.out.cpu()
-    rounded = str(out.dtype).removeprefix("torch.") if kernel.rounds_weights else None
+    rounded = problem.dtype if kernel.rounds_weights else problem.rounded_to
     verdict = oracle.check(out, expected, weights=rounded)
     if not verdict.passed:
         raise _EndError(
@@ -252,8 +248,8 @@ def _verdict(kernel: Kernel, buffer: _Buffer, expected: Reference) -> Check:
 
 def _peak(run: Run, packed: Packed, subject: Subject, declared: Footprint) -> int | None:
     """Bytes allocated beside weight, x and out while a call runs, held against the footprint."""
-    buffer = _Buffer.make(subject.problem, _place(subject.device))
-    x = subject.xs[0].to(_place(subject.device), copy=True)
+    buffer = _Buffer.make(subject.problem, subject.device.torch_name)
+    x = subject.xs[0].to(subject.device.torch_name, copy=True)
     peak = _guarded(
         lambda: memory.peak_during(lambda: run(packed, x, buffer.out), subject.device), "runtime"
     )
@@ -269,7 +265,7 @@ def _peak(run: Run, packed: Packed, subject: Subject, declared: Footprint) -> in
 def _time(
     kernel: Kernel, run: Run, packed: Packed, subject: Subject, budget: Budget, cold: bool
 ) -> tuple[list[float], Timing]:
-    device, place = subject.device, _place(subject.device)
+    device, place = subject.device, subject.device.torch_name
     count = cold_copies(packed.nbytes, device) if cold else 1
     copies = [packed.clone() for _ in range(count)]
     xs = [x.to(place, copy=True) for x in subject.xs]
@@ -283,14 +279,13 @@ def _time(
     ]
     samples, timing = _guarded(lambda: take_samples(calls, device, budget, cold=cold), "runtime")
     for buffer, expected in zip(buffers, subject.references, strict=True):
-        _verdict(kernel, buffer, expected)
-    # the same buffers with their contents exchanged: a kernel that stopped working, or that
-    # remembers outputs by address, leaves what was there
-    for x, buffer, other in zip(xs, buffers, reversed(subject.xs), strict=True):
+        _verdict(kernel, subject.problem, buffer, expected)
+    # the same addresses with x exchanged: a kernel that stopped working, or that remembers
+    # outputs by address, leaves what was there
+    for x, other in zip(xs, reversed(subject.xs), strict=True):
         x.copy_(other)
-        buffer.out.fill_(float("nan"))
     for call in calls[:2]:
         _guarded(call, "runtime")
     for buffer, expected in zip(buffers, reversed(subject.references), strict=True):
-        _verdict(kernel, buffer, expected)
+        _verdict(kernel, subject.problem, buffer, expected)
     return samples, dataclasses.replace(timing, copies=count)

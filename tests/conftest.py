@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 from hypothesis import HealthCheck, settings
 
 # No deadline: a slow machine is no bug. No database: runs leave nothing behind in the tree.
@@ -13,3 +15,6 @@ settings.register_profile(
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
 )
 settings.load_profile("vqbench")
+
+# Before anything imports Triton: see tests/interpreter.py.
+os.environ["TRITON_INTERPRET"] = "1"

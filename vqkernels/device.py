@@ -54,6 +54,11 @@ class Device:
         """The name as a folder: letters, digits and single dashes."""
         return re.sub(r"[^a-z0-9]+", "-", f"{self.name} {self.arch}".lower()).strip("-")
 
+    @property
+    def torch_name(self) -> str:
+        """The device as torch names it."""
+        return "cpu" if self.kind == "cpu" else f"cuda:{self.index}"
+
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready fields for a record."""
         return dataclasses.asdict(self) | {"flops": dict(self.flops)}

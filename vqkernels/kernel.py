@@ -17,7 +17,7 @@ import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import Literal
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -48,14 +48,9 @@ class Packed:
         """Bytes held by all arrays."""
         return sum(array.numel() * array.element_size() for array in self.arrays.values())
 
-    def to(self, device: torch.device | str, dtype: torch.dtype) -> Packed:
-        """The arrays on `device`, those of real numbers in `dtype`."""
-        return Packed(
-            {
-                name: array.to(device, dtype if array.is_floating_point() else array.dtype)
-                for name, array in self.arrays.items()
-            }
-        )
+    def to(self, device: torch.device | str) -> Packed:
+        """The arrays on `device`."""
+        return Packed({name: array.to(device) for name, array in self.arrays.items()})
 
     def clone(self) -> Packed:
         """A copy in memory of its own, for rotating over cold weights."""
@@ -82,17 +77,25 @@ class Footprint:
     shared_bytes: int = 0
 
 
+class Program(Protocol):
+    """A device program with its constants, as a GPU kernel launches it."""
+
+    def compile(self, arch: int) -> Any:
+        """The compiler's result for `sm_<arch>`; needs no driver."""
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Kernel:
     """One implementation of `op` on one backend; *what* it solves is a Problem, *how* a Config.
 
     supports: None, or the sentence that names the limit which rules the problem out.
     default: a valid config for a supported problem.
-    pack: lay a tensor out for a config; the only step that may take long.
+    pack: lay a tensor out for a config and a problem's dtype; the only step that may take long.
     compile: the callable for a config and problem; the first call may still warm caches.
     reads: `codes`, or `dense` for a baseline that holds the decoded weight.
     rounds_weights: the decoded weight passes through the problem's dtype before it is used, so
         that the oracle allows one more rounding a weight.
+    programs: of a GPU kernel, what a config launches, to be compiled on a machine without one.
     """
 
     name: str
@@ -102,11 +105,12 @@ class Kernel:
     supports: Callable[[Problem, Device], str | None]
     default: Callable[[Problem, Device], Config]
     footprint: Callable[[Config, Problem, Device], Footprint]
-    pack: Callable[[QuantizedTensor, Config], Packed]
+    pack: Callable[[QuantizedTensor, Config, Problem], Packed]
     compile: Callable[[Config, Problem, Device], Run]
     about: str
     reads: Literal["codes", "dense"] = "codes"
     rounds_weights: bool = False
+    programs: Callable[[Config, Problem], tuple[Program, ...]] | None = None
 
     @property
     def id(self) -> str:

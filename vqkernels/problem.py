@@ -11,7 +11,9 @@ import torch
 from vqkernels.parts import effective_bits
 from vqkernels.spec import CodebookSpec
 
-__all__ = ["Problem"]
+__all__ = ["Dtype", "Problem"]
+
+Dtype = Literal["float32", "float16", "bfloat16"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -27,7 +29,7 @@ class Problem:
     k: int
     spec: CodebookSpec
     op: Literal["linear"] = "linear"
-    dtype: Literal["float32", "float16", "bfloat16"] = "float32"
+    dtype: Dtype = "float32"
     bias: bool = False
 
     @property
@@ -35,6 +37,16 @@ class Problem:
         """dtype of x and y as torch names it."""
         dtype: torch.dtype = getattr(torch, self.dtype)
         return dtype
+
+    @property
+    def rounded_to(self) -> str | None:
+        """dtype that x is rounded to once more before it meets the codebooks, if it is.
+
+        A column scale or a rotation changes x, and half-precision kernels take the result in x's
+        dtype.
+        """
+        changed = self.spec.scale_axis == "column" or self.spec.rotation_size > 0
+        return self.dtype if changed and self.dtype != "float32" else None
 
     @property
     def flops(self) -> int:

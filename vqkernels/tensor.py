@@ -249,14 +249,16 @@ def decode_main(
 
 
 def random_tensor(
-    spec: CodebookSpec, n: int, k: int, *, seed: int = 0, bias: bool = False
+    spec: CodebookSpec, n: int, k: int, *, seed: int = 0, bias: bool = False, fit: bool = True
 ) -> QuantizedTensor:
     """A tensor of uniformly random codes and normal codebooks, for shapes without weights.
 
     Later stages shrink by 4, as residuals do; a decoded weight has a spread of about 1. Raises
-    UnsupportedError where the layer can't hold the format.
+    UnsupportedError where the layer can't hold the format; with `fit` off, a small matrix may
+    have fewer vectors than entries.
     """
-    check_fit(spec, n, k)
+    if fit:
+        check_fit(spec, n, k)
     generator = torch.Generator().manual_seed(seed)
     parts: dict[str, Tensor] = {}
     for name, part in part_table(spec, n, k, bias=bias).items():

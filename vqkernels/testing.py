@@ -21,7 +21,8 @@ from vqkernels import oracle
 from vqkernels.device import Device
 from vqkernels.kernel import Kernel, Packed, Run
 from vqkernels.presets import PRESETS
-from vqkernels.problem import Problem
+from vqkernels.problem import Dtype, Problem
+from vqkernels.space import Config
 from vqkernels.spec import CodebookSpec
 from vqkernels.tensor import QuantizedTensor, random_tensor
 
@@ -46,7 +47,13 @@ class Case:
     @functools.cached_property
     def tensor(self) -> QuantizedTensor:
         """The case's weight, the same on every call."""
-        return random_tensor(self.spec, self.n, self.k, seed=1, bias=self.bias)
+        return random_tensor(self.spec, self.n, self.k, seed=1, bias=self.bias, fit=False)
+
+    def small(self) -> Case:
+        """The same format on a matrix that an interpreter gets through in a second."""
+        rotation, sides = self.spec.rotation_size, self.spec.side_columns
+        k = sides + rotation * -(-64 // rotation) if rotation else min(self.k, 101)
+        return dataclasses.replace(self, n=min(self.n, 37), k=k)
 
 
 def conformance_cases() -> list[Case]:
@@ -116,35 +123,47 @@ def field_cases() -> list[Case]:
 
 
 def prepare(
-    kernel: Kernel, problem: Problem, device: Device, tensor: QuantizedTensor
+    kernel: Kernel,
+    problem: Problem,
+    device: Device,
+    tensor: QuantizedTensor,
+    config: Config | None = None,
 ) -> tuple[Run, Packed]:
-    """The default config compiled, and the weight packed for it."""
-    config = kernel.default(problem, device)
+    """A config (the default where None) compiled, and the weight packed for it, on the CPU."""
+    config = kernel.default(problem, device) if config is None else config
     kernel.space.check(config)
-    packed = kernel.pack(tensor, config).to(_place(device), problem.torch_dtype)
+    packed = kernel.pack(tensor, config, problem)
     declared = kernel.footprint(config, problem, device).weight_bytes
     assert packed.nbytes <= declared, f"packs {packed.nbytes} bytes, declares {declared}"
     return kernel.compile(config, problem, device), packed
 
 
-def check_case(kernel: Kernel, device: Device, case: Case, m: int) -> bool:
-    """Hold a kernel's default config to the oracle on one case; False where it refuses.
+def check_case(
+    kernel: Kernel,
+    device: Device,
+    case: Case,
+    m: int,
+    *,
+    dtype: Dtype = "float32",
+    config: Config | None = None,
+    place: str | None = None,
+) -> bool:
+    """Hold a kernel to the oracle on one case; False where it refuses.
 
-    Raises AssertionError where the output is wrong, or a refusal is no sentence.
+    config: the kernel's default where None. place: where tensors go, if not on the device (an
+    interpreter's are on the CPU). Raises AssertionError where the output is wrong, or a refusal is
+    no sentence.
     """
-    problem = Problem(m=m, n=case.n, k=case.k, spec=case.spec, bias=case.bias)
+    problem = Problem(m=m, n=case.n, k=case.k, spec=case.spec, dtype=dtype, bias=case.bias)
     if (reason := kernel.supports(problem, device)) is not None:
         assert len(reason) > 20, f"{kernel.id} refuses {case} without naming the limit: {reason!r}"
         return False
-    x = torch.randn(m, case.k, generator=torch.Generator().manual_seed(m))
-    run, packed = prepare(kernel, problem, device, case.tensor)
-    out = torch.full((m, case.n), float("nan")).to(_place(device))
-    run(packed, x.to(_place(device)), out)
-    rounded = problem.dtype if kernel.rounds_weights else None
+    place = place or device.torch_name
+    x = torch.randn(m, case.k, generator=torch.Generator().manual_seed(m)).to(problem.torch_dtype)
+    run, packed = prepare(kernel, problem, device, case.tensor, config)
+    out = torch.full((m, case.n), float("nan"), dtype=x.dtype).to(place)
+    run(packed.to(place), x.to(place), out)
+    rounded = problem.dtype if kernel.rounds_weights else problem.rounded_to
     verdict = oracle.check(out.cpu(), oracle.reference(case.tensor, x), weights=rounded)
-    assert verdict.passed, f"{kernel.id} on {case}, m={m}: {verdict}"
+    assert verdict.passed, f"{kernel.id} on {case}, m={m}, {dtype}: {verdict}"
     return True
-
-
-def _place(device: Device) -> str:
-    return "cpu" if device.kind == "cpu" else f"cuda:{device.index}"

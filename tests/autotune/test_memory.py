@@ -29,6 +29,17 @@ def test_what_was_allocated_before_does_not_count(known):
     assert memory.peak_during(lambda: None, DEVICE) <= memory.SLACK
 
 
+def test_memory_that_the_allocator_had_kept_counts(known):
+    def call():
+        return [bytearray(50_000) for _ in range(1000)]
+
+    held = call()
+    top = bytearray(50_000)  # keeps the heap from shrinking
+    del held
+    assert memory.peak_during(call, DEVICE) > 40 * MIB
+    assert top
+
+
 @pytest.mark.parametrize("error", [ValueError, KeyError, OSError])
 def test_an_error_of_the_call_is_not_mistaken_for_the_systems(error):
     calls = []

@@ -15,6 +15,7 @@ from autotune.timers import Budget, cold_copies, pinned_threads, set_threads, ta
 from tests.autotune import zoo
 
 CPU = zoo.DEVICE
+CORES = os.sched_getaffinity(0)  # while tests are collected: nothing has been pinned yet
 
 
 @pytest.fixture
@@ -46,12 +47,31 @@ def test_calls_take_turns():
     assert timing.copies == 3
 
 
-def test_warm_up_goes_on_for_its_time():
-    times = []
-    budget = Budget(seconds=0, warmup_s=0.02, min_samples=3, max_samples=3)
-    take_samples([lambda: times.append(time.perf_counter())], CPU, budget, cold=True)
-    assert times[-4] - times[0] >= 0.015  # the last 3 are samples
-    assert len(times) > 4
+@pytest.fixture
+def clock(monkeypatch):
+    """A clock that a call moves on: `clock[0] += seconds`."""
+    now = [100.0]
+    monkeypatch.setattr(timers.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(timers.time, "perf_counter_ns", lambda: round(now[0] * 1e9))
+    return now
+
+
+def ticking(clock, seconds):
+    calls = []
+
+    def call():
+        calls.append(clock[0])
+        clock[0] += seconds
+
+    return calls, call
+
+
+def test_warm_up_goes_on_for_its_time(clock):
+    calls, call = ticking(clock, 0.001)
+    budget = Budget(seconds=0, warmup_s=0.0195, min_samples=3, max_samples=3)
+    samples, _ = take_samples([call], CPU, budget, cold=True)
+    assert len(calls) == 20 + 3
+    assert samples == pytest.approx([0.001] * 3)
 
 
 def test_samples_are_seconds_of_one_call():
@@ -59,22 +79,13 @@ def test_samples_are_seconds_of_one_call():
     assert all(0.003 <= sample < 3 for sample in samples)
 
 
-def test_at_least_the_least_number_of_samples():
-    slow = Budget(seconds=0.001, warmup_s=0, min_samples=4, max_samples=100)
-    samples, _ = take_samples([lambda: time.sleep(0.002)], CPU, slow, cold=True)
-    assert len(samples) == 4
-
-
-def test_at_most_the_greatest_number_of_samples():
-    long = Budget(seconds=60, warmup_s=0, min_samples=2, max_samples=50)
-    samples, _ = take_samples([lambda: None], CPU, long, cold=True)
-    assert len(samples) == 50
-
-
-def test_time_is_up_between_the_two():
-    budget = Budget(seconds=0.02, warmup_s=0, min_samples=2, max_samples=10**9)
-    samples, _ = take_samples([lambda: time.sleep(0.001)], CPU, budget, cold=True)
-    assert 2 <= len(samples) <= 25
+@pytest.mark.parametrize(
+    ("seconds", "samples"), [(0.001, 4), (0.0175, 18), (60, 50)], ids=["least", "time", "most"]
+)
+def test_sampling_ends_by_time_between_its_least_and_most(clock, seconds, samples):
+    _, call = ticking(clock, 0.001)
+    budget = Budget(seconds=seconds, warmup_s=0, min_samples=4, max_samples=50)
+    assert len(take_samples([call], CPU, budget, cold=True)[0]) == samples
 
 
 @pytest.mark.parametrize(("cold", "state"), [(True, "cold"), (False, "hot")])
@@ -126,40 +137,37 @@ def test_more_threads_than_numba_has_are_cut(threads):
 @pytest.mark.parametrize("number", [1, 2])
 def test_pinning_holds_each_thread_on_a_core_and_restores_all(threads, number):
     pytest.importorskip("numba")
-    if len(os.sched_getaffinity(0)) < number:
+    if len(CORES) < number:
         pytest.skip(f"needs {number} cores")
     set_threads(number)
     with pinned_threads():  # starts the pool
         pass
     before = affinities()
+    assert all(cores == CORES for cores in before.values())
     with pinned_threads() as pinned:
         during = affinities()
     assert pinned
     held = [cores for task, cores in during.items() if cores != before.get(task)]
-    assert len(held) == (number if len(os.sched_getaffinity(0)) > 1 else 0)
+    assert len(held) == (number if len(CORES) > 1 else 0)
     assert all(len(cores) == 1 for cores in held)
     assert len(set().union(*held)) == len(held)  # a core each
-    after = affinities()
-    assert {task: after[task] for task in before if task in after} == before
+    assert all(cores == CORES for cores in affinities().values())
 
 
 def test_an_error_while_pinned_restores_the_cores():
-    before = os.sched_getaffinity(0)
     with pytest.raises(ZeroDivisionError), pinned_threads():
         raise ZeroDivisionError
-    assert os.sched_getaffinity(0) == before
+    assert all(cores == CORES for cores in affinities().values())
 
 
 def test_more_threads_than_cores_are_not_pinned(monkeypatch):
     pytest.importorskip("numba")
     from vqkernels.kernels.numba import threads as pool
 
-    before = affinities()
-    monkeypatch.setattr(pool.numba, "get_num_threads", lambda: len(os.sched_getaffinity(0)) + 1)
+    monkeypatch.setattr(pool.numba, "get_num_threads", lambda: len(CORES) + 1)
     _, timing = take_samples([lambda: None], CPU, count(3), cold=True)
     assert timing.pinned is False
-    after = affinities()
-    assert {task: after[task] for task in before if task in after} == before
+    assert all(cores == CORES for cores in affinities().values())
 
 
 class FakeEvent:

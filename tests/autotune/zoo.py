@@ -45,7 +45,9 @@ def make_kernel(run: Run = right, **fields: Any) -> Kernel:
             "footprint": lambda config, problem, device: Footprint(
                 4 * problem.n * problem.k, 0, problem.flops
             ),
-            "pack": lambda tensor, config: Packed({"weight": tensor.decode(torch.float32)}),
+            "pack": lambda tensor, config, problem: Packed(
+                {"weight": tensor.decode(torch.float32)}
+            ),
             "compile": lambda config, problem, device: run,
             "about": "for tests",
             "reads": "dense",
@@ -136,17 +138,17 @@ def hiding_nan(packed: Packed, x: torch.Tensor, out: torch.Tensor) -> None:
     right(packed, x.nan_to_num(), out)
 
 
-def swapped(tensor, config: Config) -> Packed:
+def swapped(tensor, config: Config, problem) -> Packed:
     book = tensor.parts["codebook_0"].roll(1, dims=2)
     return Packed({"weight": tensor.replace_parts(codebook_0=book).decode(torch.float32)})
 
 
-def fat(tensor, config: Config) -> Packed:
+def fat(tensor, config: Config, problem) -> Packed:
     weight = tensor.decode(torch.float32)
     return Packed({"weight": weight, "spare": torch.zeros(1)})
 
 
-def shared(tensor, config: Config) -> Packed:
+def shared(tensor, config: Config, problem) -> Packed:
     """Packs views of the tensor's own parts."""
     return Packed(dict(tensor.parts))
 

@@ -58,7 +58,7 @@ def table_call(tensor: QuantizedTensor, x: torch.Tensor, count: int) -> Call:
     kernel = registry()["numba/table"]
     problem = Problem(m=1, n=N, k=K, spec=SPEC)
     config = kernel.default(problem, device)
-    run, packed = kernel.compile(config, problem, device), kernel.pack(tensor, config)
+    run, packed = kernel.compile(config, problem, device), kernel.pack(tensor, config, problem)
     copies = itertools.cycle([packed.clone() for _ in range(cold_copies(packed.nbytes, device))])
     out = torch.empty(1, N)
 

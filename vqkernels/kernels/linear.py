@@ -37,6 +37,9 @@ __all__ = [
 
 Core = Callable[[Packed, Tensor, Tensor], None]
 
+# Arrays that change y after the core has written it.
+_AFTER = frozenset({"side", "y_scale", "x_zero", "y_zero", "bias", "y_cells"})
+
 
 def core_shape(spec: CodebookSpec, n: int, k: int) -> tuple[int, int]:
     """Columns of core_x and core_y: whole cells, padding included."""
@@ -138,19 +141,24 @@ def sides_bytes(problem: Problem) -> int:
 
 
 def surround(core: Core, problem: Problem) -> Run:
-    """A Run from a core that takes whole cells, contiguous and in the problem's dtype."""
+    """A Run from a core: whole cells, contiguous, x in the problem's dtype, y in that or fp32."""
     spec, n = problem.spec, problem.n
     _, width = core_shape(spec, n, problem.k)
 
     def run(packed: Packed, x: Tensor, out: Tensor) -> None:
         core_x, side_x = _before(packed, spec, x)
-        if width == n and "y_cells" not in packed and out.is_contiguous():
+        # y that has further to go is kept in fp32, so that it is rounded once
+        whole = width == n and out.is_contiguous() and _AFTER.isdisjoint(packed.arrays)
+        if whole or (width == n and out.is_contiguous() and out.dtype == torch.float32):
             core(packed, core_x, out)
             y = out
         else:
-            y = torch.empty(x.shape[0], width, dtype=out.dtype, device=out.device)
+            y = torch.empty(x.shape[0], width, dtype=torch.float32, device=out.device)
             core(packed, core_x, y)
-            y = y[:, packed["y_cells"]] if "y_cells" in packed else y[:, :n]
+        if "y_cells" in packed:
+            y = y[:, packed["y_cells"]]
+        elif width != n:
+            y = y[:, :n]
         _after(packed, x, side_x, y, out)
 
     return run
@@ -164,31 +172,33 @@ def _inverse(cells: Tensor, features: int) -> Tensor:
 
 
 def _before(packed: Packed, spec: CodebookSpec, x: Tensor) -> tuple[Tensor, Tensor | None]:
-    side_x = None
+    """core_x in x's dtype, and the side columns of x; what multiplies x does so in fp32."""
+    side_x, dtype = None, x.dtype
     if "x_scale" in packed:
-        x = x * packed["x_scale"].to(x.dtype)
+        x = x.float() * packed["x_scale"]
     if "permutation" in packed:
         x = x[:, packed["permutation"]]
     if "side" in packed:
-        side_x, x = x[:, : spec.side_columns], x[:, spec.side_columns :]
+        side_x, x = x[:, : spec.side_columns].float(), x[:, spec.side_columns :]
     if "rotation" in packed:
-        blocks = x.reshape(x.shape[0], -1, spec.rotation_size)
-        x = (blocks @ packed["rotation"].T.to(x.dtype)).reshape(x.shape[0], -1)
+        blocks = x.float().reshape(x.shape[0], -1, spec.rotation_size)
+        x = (blocks @ packed["rotation"].T).reshape(x.shape[0], -1)
     if "x_cells" in packed:
         x = torch.nn.functional.pad(x, (0, 1))[:, packed["x_cells"]]
-    return x.contiguous(), side_x
+    return x.to(dtype).contiguous(), side_x
 
 
 def _after(packed: Packed, x: Tensor, side_x: Tensor | None, y: Tensor, out: Tensor) -> None:
+    """From core_y to `out`; in fp32 until the last store."""
     if side_x is not None:
-        y = torch.addmm(y, side_x, packed["side"].T.to(y.dtype))
+        y = torch.addmm(y, side_x, packed["side"].T)
     if "y_scale" in packed:
-        y = y * packed["y_scale"].to(y.dtype)
+        y = y * packed["y_scale"]
     if "x_zero" in packed:
-        y = y + (x @ packed["x_zero"].to(x.dtype))[:, None]
+        y = y + (x.float() @ packed["x_zero"])[:, None]
     if "y_zero" in packed:
-        y = y + x.sum(dim=1, keepdim=True) * packed["y_zero"].to(y.dtype)
+        y = y + x.float().sum(dim=1, keepdim=True) * packed["y_zero"]
     if "bias" in packed:
-        y = y + packed["bias"].to(y.dtype)
+        y = y + packed["bias"]
     if y is not out:
         out.copy_(y)

@@ -131,7 +131,7 @@ def test_every_config_is_right(kernel: Kernel) -> None:
     expected = oracle.reference(tensor, x)
     problem = Problem(m=9, n=N, k=K, spec=SPEC)
     for config in configs(kernel):
-        packed = kernel.pack(tensor, config)
+        packed = kernel.pack(tensor, config, problem)
         declared = kernel.footprint(config, problem, CPU)
         assert packed.nbytes <= declared.weight_bytes
         out = torch.full((9, N), float("nan"))

@@ -62,7 +62,7 @@ def footprint(config: Config, problem: Problem, device: Device) -> Footprint:
     return Footprint(weight, workspace, problem.flops + adds)
 
 
-def pack(tensor: QuantizedTensor, config: Config) -> Packed:
+def pack(tensor: QuantizedTensor, config: Config, problem: Problem) -> Packed:
     """Words of single rows."""
     return Packed(cells.core_arrays(tensor, 1))
 

@@ -73,7 +73,7 @@ def footprint(config: Config, problem: Problem, device: Device) -> Footprint:
     return Footprint(weight_bytes=weight, workspace_bytes=workspace, flops=problem.flops)
 
 
-def pack(tensor: QuantizedTensor, config: Config) -> Packed:
+def pack(tensor: QuantizedTensor, config: Config, problem: Problem) -> Packed:
     """Words of four rows side by side."""
     return Packed(cells.core_arrays(tensor, ROWS))
 

@@ -50,7 +50,7 @@ def footprint(config: Config, problem: Problem, device: Device) -> Footprint:
     )
 
 
-def pack(tensor: QuantizedTensor, config: Config) -> Packed:
+def pack(tensor: QuantizedTensor, config: Config, problem: Problem) -> Packed:
     """The canonical codes beside fp32 codebooks."""
     spec = tensor.spec
     rows, columns = code_grid(spec, tensor.n, tensor.k)

@@ -93,7 +93,7 @@ def _padded_entries(stages: tuple[int, ...]) -> int:
     return sum(-(-entries // LANES) * LANES for entries in stages)
 
 
-def pack(tensor: QuantizedTensor, config: Config) -> Packed:
+def pack(tensor: QuantizedTensor, config: Config, problem: Problem) -> Packed:
     """Words `[blocks, stages, rows]`; codebooks `[sets, vector_length, padded entries]`."""
     spec = tensor.spec
     words = cells.pack_words(tensor.parts["codes"], Shape.of(spec), 1)

@@ -36,11 +36,11 @@ def footprint(config: Config, problem: Problem, device: Device) -> Footprint:
     return Footprint(weight_bytes=weight, workspace_bytes=0, flops=problem.flops)
 
 
-def pack(tensor: QuantizedTensor, config: Config) -> Packed:
-    """The decoded weight `[n, k]` in fp32; a few rows at a time would change nothing stored."""
-    arrays = {"weight": tensor.decode(torch.float32)}
+def pack(tensor: QuantizedTensor, config: Config, problem: Problem) -> Packed:
+    """The decoded weight `[n, k]` in x's dtype."""
+    arrays = {"weight": tensor.decode(torch.float32).to(problem.torch_dtype)}
     if tensor.bias is not None:
-        arrays["bias"] = tensor.bias.float()
+        arrays["bias"] = tensor.bias.to(problem.torch_dtype)
     return Packed(arrays)
 
 

@@ -54,10 +54,10 @@ def footprint(config: Config, problem: Problem, device: Device) -> Footprint:
     return Footprint(weight, workspace, problem.flops + dense * (stages - 1))
 
 
-def pack(tensor: QuantizedTensor, config: Config) -> Packed:
+def pack(tensor: QuantizedTensor, config: Config, problem: Problem) -> Packed:
     """int32 table rows beside one table of all codebooks."""
-    arrays = {"index": entry_index(tensor), "books": pack_books(tensor).flatten(0, 1)}
-    return Packed(arrays | pack_sides(tensor))
+    books = pack_books(tensor).flatten(0, 1).to(problem.torch_dtype)
+    return Packed({"index": entry_index(tensor), "books": books} | pack_sides(tensor))
 
 
 def compile(config: Config, problem: Problem, device: Device) -> Run:
@@ -68,7 +68,7 @@ def compile(config: Config, problem: Problem, device: Device) -> Run:
     def core(packed: Packed, x: Tensor, out: Tensor) -> None:
         rows, columns, stages = packed["index"].shape
         index = packed["index"].view(-1, stages)
-        vectors = embedding_bag(index, packed["books"].to(x.dtype), mode="sum")
+        vectors = embedding_bag(index, packed["books"], mode="sum")
         if along_in:
             torch.mm(x, vectors.view(rows, columns * length).T, out=out)
         else:

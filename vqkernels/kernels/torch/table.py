@@ -58,14 +58,15 @@ def footprint(config: Config, problem: Problem, device: Device) -> Footprint:
     return Footprint(weight, workspace, 2 * m * tables * spec.vector_length + m * codes)
 
 
-def pack(tensor: QuantizedTensor, config: Config) -> Packed:
+def pack(tensor: QuantizedTensor, config: Config, problem: Problem) -> Packed:
     """int32 rows of the table `[columns * entries of all stages]`."""
     spec = tensor.spec
     starts = torch.tensor([0, *spec.stages[:-1]]).cumsum(0)
     codes = tensor.parts["codes"]
     first = torch.arange(codes.shape[1])[:, None] * sum(spec.stages) + starts
     index = (codes.long() + first).int().flatten(1)
-    return Packed({"index": index, "books": pack_books(tensor)[0]} | pack_sides(tensor))
+    books = pack_books(tensor)[0].to(problem.torch_dtype)
+    return Packed({"index": index, "books": books} | pack_sides(tensor))
 
 
 def compile(config: Config, problem: Problem, device: Device) -> Run:
@@ -75,7 +76,7 @@ def compile(config: Config, problem: Problem, device: Device) -> Run:
     def core(packed: Packed, x: Tensor, out: Tensor) -> None:
         m = x.shape[0]
         x_cells = x.view(m, -1, length).permute(1, 2, 0)
-        table = torch.matmul(packed["books"].to(x.dtype), x_cells)
+        table = torch.matmul(packed["books"], x_cells)
         out.copy_(embedding_bag(packed["index"], table.view(-1, m), mode="sum").T)
 
     return surround(core, problem)
