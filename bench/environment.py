@@ -53,7 +53,7 @@ def _gpu_state(device: Device) -> dict[str, Any]:
 
     try:
         pynvml.nvmlInit()
-        handle = pynvml.nvmlDeviceGetHandleByIndex(device.index)
+        handle = pynvml.nvmlDeviceGetHandleByUUID(device.uuid)
         state = {
             "sm_mhz": pynvml.nvmlDeviceGetClockInfo(handle, pynvml.NVML_CLOCK_SM),
             "memory_mhz": pynvml.nvmlDeviceGetClockInfo(handle, pynvml.NVML_CLOCK_MEM),

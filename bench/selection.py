@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import fnmatch
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from bench.workload import Layer, Workload, load_workload
+from vqkernels.device import Device
 from vqkernels.errors import SpecError
 from vqkernels.kernel import Kernel, registry
 from vqkernels.presets import PRESETS, parse_format
@@ -36,17 +37,14 @@ class Selection:
         for name in self.formats:
             parse_format(name)  # before anything is measured
         workload = load_workload(self.workload)
-        chosen = [
-            layer
-            for layer in workload.layers
-            if any(fnmatch.fnmatchcase(layer.name, pattern) for pattern in self.layers)
-        ]
-        if not chosen:
-            names = ", ".join(layer.name for layer in workload.layers)
+        names = [layer.name for layer in workload.layers]
+        if unused := _unmatched(self.layers, names):
             raise SpecError(
-                f"workload {self.workload}: no layer matches {' '.join(self.layers)}; "
-                f"there are: {names}"
+                f"workload {self.workload}: no layer matches {unused}; "
+                f"there are: {', '.join(names)}"
             )
+        wanted = set(_matching(self.layers, names))
+        chosen = [layer for layer in workload.layers if layer.name in wanted]
         for layer in chosen:
             for name in self.formats:
                 yield workload, layer, name
@@ -60,19 +58,26 @@ DEFAULT = (
 )
 
 
-def matching_kernels(patterns: Sequence[str]) -> list[Kernel]:
-    """Kernels whose id matches a glob; the dense baseline first, since others are set against it.
+def matching_kernels(patterns: Sequence[str], device: Device | None = None) -> list[Kernel]:
+    """Kernels whose id matches a glob; without globs all, or those for the device's kind.
 
-    Raises SpecError where none does.
+    The dense baseline comes first, since the others are set against it.
+
+    Raises SpecError where a pattern matches none.
     """
     found = registry()
-    chosen = [
-        kernel
-        for name, kernel in found.kernels.items()
-        if not patterns or any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
-    ]
-    if not chosen:
-        raise SpecError(
-            f"no kernel matches {' '.join(patterns)}; there are: {', '.join(found.kernels)}"
-        )
+    if unused := _unmatched(patterns, found.kernels):
+        raise SpecError(f"no kernel matches {unused}; there are: {', '.join(found.kernels)}")
+    chosen = [found[name] for name in _matching(patterns or ("*",), found.kernels)]
+    if not patterns and device is not None:
+        chosen = [kernel for kernel in found.kernels.values() if device.kind in kernel.runs_on]
     return sorted(chosen, key=lambda kernel: kernel.reads != "dense")
+
+
+def _matching(patterns: Iterable[str], names: Iterable[str]) -> list[str]:
+    return [n for n in names if any(fnmatch.fnmatchcase(n, pattern) for pattern in patterns)]
+
+
+def _unmatched(patterns: Iterable[str], names: Iterable[str]) -> str | None:
+    """The first pattern that matches none: a typo beside a pattern that does."""
+    return next((pattern for pattern in patterns if not _matching([pattern], names)), None)

@@ -4,6 +4,7 @@ What a serving stack imports. It knows nothing of tuning or benchmarks, and impo
 no driver, CUDA, Triton or numba: a kernel's backend is imported when the registry is asked.
 """
 
+from vqkernels.dispatch import select, vq_linear
 from vqkernels.errors import (
     BackendError,
     ConfigError,
@@ -13,6 +14,7 @@ from vqkernels.errors import (
     UnsupportedError,
     VqError,
 )
+from vqkernels.nn import VQLinear, replace_linears
 from vqkernels.parts import BitCount, effective_bits
 from vqkernels.spec import CodebookSpec
 
@@ -25,8 +27,12 @@ __all__ = [
     "SpecError",
     "TensorError",
     "UnsupportedError",
+    "VQLinear",
     "VqError",
     "effective_bits",
+    "replace_linears",
+    "select",
+    "vq_linear",
 ]
 
 __version__ = "0.1.0"

@@ -115,7 +115,7 @@ def detect_gpus() -> list[Device]:
     except pynvml.NVMLError:
         return []
     try:
-        return [_gpu(pynvml, index) for index in range(pynvml.nvmlDeviceGetCount())]
+        return [_gpu(pynvml, index) for index in range(torch.cuda.device_count())]
     except pynvml.NVMLError:
         return []
     finally:
@@ -131,7 +131,10 @@ def known_devices() -> dict[str, dict[str, Any]]:
 
 
 def _gpu(nvml: Any, index: int) -> Device:
-    handle = nvml.nvmlDeviceGetHandleByIndex(index)
+    properties = torch.cuda.get_device_properties(index)
+    # by UUID: torch counts the devices that CUDA_VISIBLE_DEVICES leaves, NVML counts all
+    uuid = f"GPU-{properties.uuid}"
+    handle = nvml.nvmlDeviceGetHandleByUUID(uuid)
     name = _text(nvml.nvmlDeviceGetName(handle))
     major, minor = nvml.nvmlDeviceGetCudaComputeCapability(handle)
     facts = next((t for t in known_devices().values() if re.search(t["match"], name)), {})
@@ -140,19 +143,15 @@ def _gpu(nvml: Any, index: int) -> Device:
         index=index,
         name=name,
         arch=f"sm_{major}{minor}",
-        units=int(facts.get("multiprocessors", 0)) or _multiprocessors(index),
-        llc_bytes=int(facts.get("l2_bytes", 0)),
+        units=int(properties.multi_processor_count),
+        llc_bytes=int(properties.L2_cache_size),
         memory_bytes=int(nvml.nvmlDeviceGetMemoryInfo(handle).total),
         shared_bytes=facts.get("shared_bytes"),
         bandwidth=facts.get("bandwidth"),
         flops=facts.get("flops", {}),
-        uuid=_text(nvml.nvmlDeviceGetUUID(handle)),
+        uuid=uuid,
         driver=_text(nvml.nvmlSystemGetDriverVersion()),
     )
-
-
-def _multiprocessors(index: int) -> int:
-    return int(torch.cuda.get_device_properties(index).multi_processor_count)
 
 
 def _text(value: str | bytes) -> str:

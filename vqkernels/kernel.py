@@ -95,6 +95,7 @@ class Kernel:
     reads: `codes`, or `dense` for a baseline that holds the decoded weight.
     rounds_weights: the decoded weight passes through the problem's dtype before it is used, so
         that the oracle allows one more rounding a weight.
+    runs_on: kinds of device; a run that names no kernels takes those of its device.
     programs: of a GPU kernel, what a config launches, to be compiled on a machine without one.
     """
 
@@ -110,6 +111,7 @@ class Kernel:
     about: str
     reads: Literal["codes", "dense"] = "codes"
     rounds_weights: bool = False
+    runs_on: tuple[Literal["cpu", "cuda"], ...] = ("cpu", "cuda")
     programs: Callable[[Config, Problem], tuple[Program, ...]] | None = None
 
     @property
@@ -119,10 +121,14 @@ class Kernel:
 
     @functools.cached_property
     def source_hash(self) -> str:
-        """SHA-256 of the kernel's folder: what a tuned config or a baseline is stamped with."""
-        folder = Path(inspect.getfile(self.compile)).parent
+        """SHA-256 of the kernel's folder and of what surrounds every kernel.
+
+        What a tuned config or a baseline is stamped with.
+        """
+        folder = Path(inspect.getfile(inspect.unwrap(self.supports))).parent
         digest = hashlib.sha256()
-        for path in sorted((*folder.glob("*.py"), *folder.glob("*.cuh"))):
+        shared = Path(__file__).parent / "kernels" / "linear.py"
+        for path in (*sorted((*folder.glob("*.py"), *folder.glob("*.cuh"))), shared):
             digest.update(path.name.encode())
             digest.update(path.read_bytes())
         return digest.hexdigest()
@@ -161,7 +167,10 @@ def registry() -> Registry:
         except Exception as error:  # someone else's package: any failure is theirs to explain
             missing[point.name] = f"{type(error).__name__}: {error}"
             continue
-        kernels[kernel.id] = kernel
+        if isinstance(kernel, Kernel):
+            kernels[kernel.id] = kernel
+        else:
+            missing[point.name] = f"{point.value} is a {type(kernel).__name__}, not a Kernel"
     return Registry(MappingProxyType(kernels), MappingProxyType(missing))
 
 

@@ -68,7 +68,7 @@ def command(
         set_threads(where.units)
     plan = Plan(
         selections=_selections(workloads, layers, formats, ms),
-        kernels=tuple(matching_kernels(kernels)),
+        kernels=tuple(matching_kernels(kernels, where)),
         device=where,
         dtype=dtype or ("float32" if where.kind == "cpu" else "float16"),
         seed=seed,

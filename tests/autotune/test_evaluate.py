@@ -10,7 +10,6 @@ from autotune import memory
 from autotune.bandwidth import Bandwidth
 from autotune.evaluate import evaluate, make_subject
 from autotune.measurement import Measurement
-from autotune.timers import Budget
 from tests.autotune import zoo
 from vqkernels import oracle
 from vqkernels.kernel import Footprint, Packed
@@ -40,7 +39,7 @@ def assert_refused(measured: Measurement, status: str, words: str) -> None:
 def test_a_right_kernel_is_ok_and_tells_everything(subject):
     measured = attempt(zoo.make_kernel(), subject, bandwidth=FAST_MEMORY)
     assert (measured.status, measured.reason) == ("ok", "")
-    assert zoo.BUDGET.min_samples <= len(measured.samples_s) <= zoo.BUDGET.max_samples
+    assert len(measured.samples_s) == zoo.BUDGET.max_samples
     assert 0 <= measured.correctness.worst <= 1
     assert measured.correctness.controls == subject.controls
     assert measured.weight_bytes == 4 * 37 * 22
@@ -73,7 +72,6 @@ def test_a_kernel_that_is_right_for_one_m_only_is_caught(m):
 
 
 # The check makes calls 1 and 2, the peak call 3, then one to warm up, 9 samples, and a last check.
-FIXED = Budget(seconds=0, warmup_s=0, min_samples=9, max_samples=9)
 LAST_TIMED = 3 + 1 + 9
 
 
@@ -91,14 +89,14 @@ def test_a_kernel_that_is_wrong_only_while_it_is_timed_is_caught(subject):
         done.append(1)
         (timed if len(done) <= LAST_TIMED else zoo.right)(packed, x, out)
 
-    measured = attempt(zoo.make_kernel(run), subject, budget=FIXED)
+    measured = attempt(zoo.make_kernel(run), subject)
     assert_refused(measured, "incorrect", "times its bound")
     assert len(done) == LAST_TIMED
 
 
 @pytest.mark.parametrize("calls", [1, 2, 3, 9, LAST_TIMED, LAST_TIMED + 1])
 def test_a_kernel_that_fails_later_is_a_status(subject, calls):
-    measured = attempt(zoo.make_kernel(zoo.after(calls, zoo.raising)), subject, budget=FIXED)
+    measured = attempt(zoo.make_kernel(zoo.after(calls, zoo.raising)), subject)
     assert_refused(measured, "runtime", "ZeroDivisionError: first line")
 
 
@@ -178,7 +176,7 @@ def test_cold_rotates_over_copies_and_hot_keeps_one(subject):
         seen.setdefault(packed["weight"].data_ptr(), packed)
         zoo.right(packed, x, out)
 
-    budget = Budget(seconds=0, warmup_s=0, min_samples=200, max_samples=200)
+    budget = dataclasses.replace(zoo.BUDGET, min_samples=200, max_samples=200)
     cold = attempt(zoo.make_kernel(remember), subject, budget=budget)
     assert cold.timing.cache["codes"] == "cold"
     assert cold.timing.copies == len(seen) - 1 > 2 * zoo.DEVICE.llc_bytes / cold.weight_bytes
@@ -197,7 +195,7 @@ def test_consecutive_timed_calls_see_other_activations(subject):
 
     for cold in (True, False):
         seen.clear()
-        attempt(zoo.make_kernel(watch), subject, budget=FIXED, cold=cold)
+        attempt(zoo.make_kernel(watch), subject, cold=cold)
         timed = seen[3:LAST_TIMED]
         assert all(one != other for one, other in itertools.pairwise(timed))
 

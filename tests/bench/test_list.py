@@ -29,7 +29,7 @@ def test_kernels_are_the_registrys() -> None:
     assert set(found) == set(registry().kernels)
     for name, kernel in registry().kernels.items():
         assert found[name]["tunables"] == len(kernel.space.params)
-        assert found[name]["runs"], found[name]["reason"]
+        assert found[name]["runs"] == ("cpu" in kernel.runs_on), found[name]["reason"]
     assert found["torch/dense"]["reads"] == "dense"
     assert found["numba/naive"]["formats"] == f"{len(PRESETS)}/{len(PRESETS)}"
 

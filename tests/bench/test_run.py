@@ -58,7 +58,7 @@ def missing(tmp_path):
 def kernels(monkeypatch):
     """What is run: torch's kernels, and what a test adds."""
     chosen = [registry()["torch/dense"], registry()["torch/dequant"]]
-    monkeypatch.setattr(command, "matching_kernels", lambda patterns: chosen)
+    monkeypatch.setattr(command, "matching_kernels", lambda patterns, device=None: chosen)
     return chosen
 
 

@@ -22,18 +22,17 @@ class NVMLError(Exception):
 @pytest.fixture
 def gpus(monkeypatch):
     """A machine with an H100 and a GPU that no table knows; the fake pynvml is returned."""
-    names = [b"NVIDIA H100 80GB HBM3", "NVIDIA Unheard-of 9000"]
+    names = ["NVIDIA Unheard-of 9000", b"NVIDIA H100 80GB HBM3"]
     fake = types.SimpleNamespace(
         NVMLError=NVMLError,
         opened=[],
         nvmlInit=lambda: fake.opened.append(True),
         nvmlShutdown=lambda: fake.opened.pop(),
-        nvmlDeviceGetCount=lambda: len(names),
-        nvmlDeviceGetHandleByIndex=lambda index: index,
+        # NVML counts from the other end: what torch calls 0 must be found by its UUID
+        nvmlDeviceGetHandleByUUID=lambda uuid: ["GPU-b", "GPU-a"].index(uuid),
         nvmlDeviceGetName=lambda handle: names[handle],
-        nvmlDeviceGetCudaComputeCapability=lambda handle: [(9, 0), (12, 1)][handle],
+        nvmlDeviceGetCudaComputeCapability=lambda handle: [(12, 1), (9, 0)][handle],
         nvmlDeviceGetMemoryInfo=lambda handle: types.SimpleNamespace(total=85_520_809_984),
-        nvmlDeviceGetUUID=lambda handle: [b"GPU-1", "GPU-2"][handle],
         nvmlSystemGetDriverVersion=lambda: "580.65.06",
     )
     monkeypatch.setitem(sys.modules, "pynvml", fake)
@@ -42,7 +41,9 @@ def gpus(monkeypatch):
     monkeypatch.setattr(
         torch.cuda,
         "get_device_properties",
-        lambda index: types.SimpleNamespace(multi_processor_count=77),
+        lambda index: types.SimpleNamespace(
+            multi_processor_count=77, L2_cache_size=50 << 20, uuid="ab"[index]
+        ),
     )
     return fake
 
@@ -56,9 +57,9 @@ def test_a_gpu_is_what_nvml_tells_and_the_table_adds(gpus):
     first = detect("cuda")
     facts = known_devices()["h100-sxm"]
     assert (first.kind, first.index, first.name) == ("cuda", 0, "NVIDIA H100 80GB HBM3")
-    assert (first.arch, first.uuid, first.driver) == ("sm_90", "GPU-1", "580.65.06")
+    assert (first.arch, first.uuid, first.driver) == ("sm_90", "GPU-a", "580.65.06")
     assert first.memory_bytes == 85_520_809_984
-    assert (first.units, first.llc_bytes) == (facts["multiprocessors"], facts["l2_bytes"])
+    assert (first.units, first.llc_bytes) == (77, 50 << 20)
     assert (first.bandwidth, first.flops) == (facts["bandwidth"], facts["flops"])
     assert first.shared_bytes == facts["shared_bytes"]
     assert gpus.opened == []  # shut down again
@@ -79,13 +80,18 @@ def test_without_a_gpu_the_cpu_is_taken(no_gpu):
     assert detect_gpus() == []
 
 
+def test_a_device_has_the_name_that_torch_knows(gpus):
+    assert [one.torch_name for one in detect_gpus()] == ["cuda:0", "cuda:1"]
+    assert detect("cpu").torch_name == "cpu"
+
+
 def test_the_cpu_is_there_beside_gpus(gpus):
     assert detect("cpu").kind == "cpu"
 
 
 @pytest.mark.parametrize(
     ("call", "open_after"),
-    [("nvmlInit", []), ("nvmlDeviceGetCount", []), ("nvmlDeviceGetUUID", [])],
+    [("nvmlInit", []), ("nvmlDeviceGetHandleByUUID", []), ("nvmlDeviceGetName", [])],
 )
 def test_an_nvml_error_means_no_gpu_and_no_open_handle(gpus, monkeypatch, call, open_after):
     def fail(*_):

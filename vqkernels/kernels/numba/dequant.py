@@ -145,6 +145,7 @@ KERNEL = Kernel(
     name="dequant",
     op="linear",
     backend="numba",
+    runs_on=("cpu",),
     space=SPACE,
     supports=supports,
     default=default,

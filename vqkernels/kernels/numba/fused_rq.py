@@ -33,6 +33,7 @@ KERNEL = Kernel(
     name="fused_rq",
     op="linear",
     backend="numba",
+    runs_on=("cpu",),
     space=gather.SPACE,
     supports=supports,
     default=gather.default,

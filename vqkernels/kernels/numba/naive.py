@@ -112,6 +112,7 @@ KERNEL = Kernel(
     name="naive",
     op="linear",
     backend="numba",
+    runs_on=("cpu",),
     space=SPACE,
     supports=supports,
     default=default,

@@ -268,6 +268,7 @@ KERNEL = Kernel(
     name="table",
     op="linear",
     backend="numba",
+    runs_on=("cpu",),
     space=SPACE,
     supports=supports,
     default=default,

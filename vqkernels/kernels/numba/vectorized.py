@@ -13,6 +13,7 @@ KERNEL = Kernel(
     name="vectorized",
     op="linear",
     backend="numba",
+    runs_on=("cpu",),
     space=gather.SPACE,
     supports=gather.supports,
     default=gather.default,

@@ -126,6 +126,7 @@ KERNEL = Kernel(
     name="dequant",
     op="linear",
     backend="triton",
+    runs_on=("cuda",),
     space=SPACE,
     supports=supports,
     default=default,

@@ -47,6 +47,7 @@ KERNEL = Kernel(
     name="fused_rq",
     op="linear",
     backend="triton",
+    runs_on=("cuda",),
     space=SPACE,
     supports=supports,
     default=default,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from vqkernels.device import Device
 from vqkernels.kernels.linear import pack_books, pack_sets, pack_sides, set_axes
@@ -16,15 +17,17 @@ __all__ = [
     "LAYOUTS",
     "arrays",
     "books_dtype",
+    "code_bits",
     "code_dtype",
     "codes_bytes",
     "constants",
     "numbers",
+    "row_words",
     "triton_dtype",
     "unsupported",
 ]
 
-LAYOUTS = ("cells", "planes", "columns", "packed")
+LAYOUTS = ("cells", "planes", "columns", "packed")  # what `decode` reads; `words`: `vectorized`
 
 _NAMES = {
     torch.float32: "fp32",
@@ -55,11 +58,22 @@ def unsupported(problem: Problem, device: Device) -> str | None:
     return None
 
 
+def code_bits(problem: Problem) -> int:
+    """Bits of a code in every layout but `packed`."""
+    return 8 if problem.spec.max_entries <= 256 else 16
+
+
 def code_dtype(problem: Problem, layout: str) -> torch.dtype:
     """dtype of the packed codes in a layout."""
-    if layout == "packed":
+    if layout in ("packed", "words"):
         return torch.int32
-    return torch.uint8 if problem.spec.max_entries <= 256 else torch.uint16
+    return torch.uint8 if code_bits(problem) == 8 else torch.uint16
+
+
+def row_words(problem: Problem) -> int:
+    """int32 words of a stage's row of codes in `words`: whole loads of 16 bytes."""
+    _, columns = code_grid(problem.spec, problem.n, problem.k)
+    return -(-columns * code_bits(problem) // 128) * 4
 
 
 def books_dtype(problem: Problem) -> torch.dtype:
@@ -75,6 +89,8 @@ def codes_bytes(problem: Problem, layout: str) -> int:
     rows, columns = code_grid(spec, problem.n, problem.k)
     if layout == "packed":
         return 4 * rows * packed_words(columns, spec.code_bits)
+    if layout == "words":
+        return 4 * rows * len(spec.stages) * row_words(problem)
     return rows * columns * len(spec.stages) * code_dtype(problem, layout).itemsize
 
 
@@ -87,6 +103,10 @@ def arrays(tensor: QuantizedTensor, layout: str, problem: Problem) -> dict[str, 
         packed = codes.permute(2, 0, 1).contiguous()
     elif layout == "columns":
         packed = codes.permute(2, 1, 0).contiguous()
+    elif layout == "words":
+        padding = 32 // code_bits(problem) * row_words(problem) - codes.shape[1]
+        rows = functional.pad(codes.permute(2, 0, 1), (0, padding))
+        packed = rows.contiguous().view(torch.int32)
     else:
         packed = codes.contiguous()
     sets = {name: values.int() for name, values in pack_sets(tensor).items()}

@@ -51,9 +51,12 @@ SPACE = Space(
 def operand(weight, LENGTH: tl.constexpr, ALONG_IN: tl.constexpr, ROWS: tl.constexpr,
             CELLS: tl.constexpr):  # fmt: skip
     """A decoded tile `[ROWS, CELLS, LENGTH]` as `[input features, output features]`."""
+    # one return: Triton types what follows a return too
     if ALONG_IN:
-        return tl.trans(tl.reshape(weight, (ROWS, CELLS * LENGTH)))
-    return tl.reshape(tl.permute(weight, (1, 0, 2)), (CELLS, ROWS * LENGTH))
+        tile = tl.trans(tl.reshape(weight, (ROWS, CELLS * LENGTH)))
+    else:
+        tile = tl.reshape(tl.permute(weight, (1, 0, 2)), (CELLS, ROWS * LENGTH))
+    return tile
 
 
 @triton.jit
@@ -151,6 +154,7 @@ KERNEL = Kernel(
     name="mma",
     op="linear",
     backend="triton",
+    runs_on=("cuda",),
     space=SPACE,
     supports=supports,
     default=default,

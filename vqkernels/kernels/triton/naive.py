@@ -44,6 +44,7 @@ KERNEL = Kernel(
     name="naive",
     op="linear",
     backend="triton",
+    runs_on=("cuda",),
     space=SPACE,
     supports=supports,
     default=default,

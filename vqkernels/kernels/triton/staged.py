@@ -123,6 +123,7 @@ KERNEL = Kernel(
     name="staged",
     op="linear",
     backend="triton",
+    runs_on=("cuda",),
     space=SPACE,
     supports=supports,
     default=default,

@@ -1,29 +1,127 @@
-"""vectorized: 16 codes a load, entries loaded whole, an FMA a stage.
+"""vectorized: 16 bytes of codes a load, entries loaded whole, an FMA a stage.
 
-Codes in planes `[stages, rows, columns]`, so that a thread's codes are 16 contiguous bytes where
-rows of codes are a multiple of 16; an fp16 entry of 8 is one 16-byte load. The loop is in `gemv`.
+Codes in words `[stages, rows, words]` int32, little end first, a row padded to 16 bytes. A thread
+loads `load_bytes` of one row, takes its codes out of the words by shifts, and walks them: an entry
+of 8 fp16 is one 16-byte load, and its products are summed at once, in the thread. So codes never
+leave the thread that loaded them, and it holds a sum a token (`vector_length` sums for vectors
+along out), not one an element. Spans as in `gemv`.
 """
 
+# mypy: ignore-errors
+# device functions are typed by Triton, not by annotations
+
 from __future__ import annotations
+
+import triton
+import triton.language as tl
 
 from vqkernels.device import Device
 from vqkernels.kernel import Kernel
 from vqkernels.kernels.triton import gemv, layout
+from vqkernels.kernels.triton.decode import first_entry, load_x, sum_first
 from vqkernels.kernels.triton.program import Program
+from vqkernels.parts import code_grid
 from vqkernels.problem import Problem
-from vqkernels.space import Config, Param, Space
+from vqkernels.space import Config, Constraint, Param, Space
 
 SPACE = Space(
     params=(
-        Param("layout", ("planes", "columns", "packed"), "order of the codes"),
+        Param("layout", ("words",), "rows of codes padded to 16 bytes"),
+        Param("load_bytes", (4, 8, 16), "codes a load"),
         Param("tokens", (1, 2, 4), "tokens that share a decode"),
         Param("splits", (1, 2, 4, 8, 16), "spans of k summed apart"),
-        Param("tile_rows", (2, 4, 8, 16), "rows of codes a program"),
-        Param("tile_cells", (16, 32, 64, 128), "cells a step"),
+        Param("tile_rows", (2, 4, 8, 16, 32), "rows of codes a program"),
+        Param("tile_cells", (16, 32, 64, 128, 256, 512), "cells a step"),
         Param("warps", (2, 4, 8), "warps a program"),
     ),
-    constraints=(gemv.REGISTERS,),
+    constraints=(
+        Constraint(
+            "a load of byte codes for every thread",
+            lambda c: (
+                c.number("tile_rows") * c.number("tile_cells")
+                >= c.number("load_bytes") * 32 * c.number("warps")
+            ),
+        ),
+        Constraint(
+            "at most 4 loads of byte codes a thread and token",
+            lambda c: (
+                c.number("tokens") * c.number("tile_rows") * c.number("tile_cells")
+                <= 4 * c.number("load_bytes") * 32 * c.number("warps")
+            ),
+        ),
+    ),
 )
+
+
+@triton.jit
+def load_words(
+    codes, row, piece, inside, STAGE: tl.constexpr, ROWS, PIECES, LOAD: tl.constexpr,
+):  # fmt: skip
+    """`LOAD` words of each `(row, piece)` as a tuple of four; the rest repeat the last."""
+    at = ((STAGE * ROWS + row) * PIECES + piece) * LOAD
+    # the mask is the same for all words of a load: else it is split into single words
+    words = tl.load(
+        codes + at[:, :, None] + tl.arange(0, LOAD)[None, None, :], mask=inside[:, :, None], other=0
+    )
+    if LOAD == 1:
+        word = tl.reshape(words, (words.shape[0], words.shape[1]))
+        found = (word, word, word, word)
+    elif LOAD == 2:
+        low, high = tl.split(words)
+        found = (low, high, high, high)
+    else:
+        # [.., 4] as [.., 2, 2]: split takes the last axis apart, so even words come first
+        even, odd = tl.split(tl.reshape(words, (words.shape[0], words.shape[1], 2, 2)))
+        zero, two = tl.split(even)
+        one, three = tl.split(odd)
+        found = (zero, one, two, three)
+    return found
+
+
+@triton.jit
+def vectorized(
+    x, codes, books, row_sets, column_sets, out,
+    M, K, WIDTH, ROWS, COLUMNS, PIECES, SPAN,
+    CODE_BITS: tl.constexpr, LOAD: tl.constexpr, ENTRIES: tl.constexpr, LENGTH: tl.constexpr,
+    ROW_SETS: tl.constexpr, COLUMN_SETS: tl.constexpr, ALONG_IN: tl.constexpr,
+    TOKENS: tl.constexpr, TILE_ROWS: tl.constexpr, TILE_CELLS: tl.constexpr,
+):  # fmt: skip
+    """`out: [spans, M, WIDTH]`, as `gemv.gemv`; PIECES loads of LOAD words a row of codes."""
+    A_WORD: tl.constexpr = 32 // CODE_BITS
+    A_LOAD: tl.constexpr = LOAD * A_WORD
+    ELEMENTS: tl.constexpr = 1 if ALONG_IN else LENGTH
+    rows = tl.program_id(0) * TILE_ROWS + tl.arange(0, TILE_ROWS)
+    token = tl.program_id(1) * TOKENS + tl.arange(0, TOKENS)
+    row = rows[:, None]
+    element = tl.arange(0, LENGTH)[None, None, :]
+    first = tl.program_id(2) * SPAN
+    last = tl.minimum(first + SPAN, COLUMNS)
+    sums = tl.zeros((TOKENS, TILE_ROWS, TILE_CELLS // A_LOAD, ELEMENTS), tl.float32)
+    for start in range(first, last, TILE_CELLS):
+        piece = (start // A_LOAD + tl.arange(0, TILE_CELLS // A_LOAD))[None, :]
+        inside = (row < ROWS) & (piece < PIECES)
+        for stage in tl.static_range(len(ENTRIES)):
+            words = load_words(codes, row, piece, inside, stage, ROWS, PIECES, LOAD)
+            for code in tl.static_range(A_LOAD):
+                word = words[code // A_WORD] >> (CODE_BITS * (code % A_WORD))
+                cell = piece * A_LOAD + code
+                known = inside & (cell < COLUMNS)
+                base = first_entry(
+                    row, cell, known, row_sets, column_sets, ENTRIES, ROW_SETS, COLUMN_SETS
+                )
+                entry = base + sum_first(ENTRIES, stage) + (word & ((1 << CODE_BITS) - 1))
+                weight = tl.load(books + entry[:, :, None] * LENGTH + element).to(tl.float32)
+                cells = start + tl.arange(0, TILE_CELLS // A_LOAD) * A_LOAD + code
+                values = load_x(x, token, cells, M, last, K, LENGTH, ALONG_IN)
+                if ALONG_IN:
+                    sums += tl.sum(weight[None] * values, 3, keep_dims=True)
+                else:
+                    sums += weight[None] * values
+    at = (tl.program_id(2) * M + token).to(tl.int64) * WIDTH
+    y = tl.sum(sums, 2)
+    part = rows[None, :, None] * ELEMENTS + tl.arange(0, ELEMENTS)[None, None, :]
+    inside_out = (token < M)[:, None, None] & (rows < ROWS)[None, :, None]
+    tl.store(out + at[:, None, None] + part, y, mask=inside_out)
 
 
 def supports(problem: Problem, device: Device) -> str | None:
@@ -32,19 +130,42 @@ def supports(problem: Problem, device: Device) -> str | None:
 
 
 def default(problem: Problem, device: Device) -> Config:
-    """A wide step over few rows, and enough spans to fill the multiprocessors."""
-    return gemv.default(problem, device)
+    """A 16-byte load a thread and step; spans until every multiprocessor has two programs."""
+    rows, columns = code_grid(problem.spec, problem.n, problem.k)
+    tokens = min(4, 1 << (problem.m - 1).bit_length())
+    programs = -(-rows // 16) * -(-problem.m // tokens)
+    wanted = max(1, 2 * device.units // programs)
+    return Config(
+        layout="words",
+        load_bytes=16,
+        tokens=tokens,
+        splits=max(s for s in (1, 2, 4, 8, 16) if s == 1 or (s <= wanted and s * 128 <= columns)),
+        tile_rows=16,
+        tile_cells=128,
+        warps=4,
+    )
 
 
 def programs(config: Config, problem: Problem) -> tuple[Program, ...]:
     """One product, stage by stage."""
-    return (gemv.program(config, problem, fused=False),)
+    plain = gemv.program(config, problem, fused=False)
+    numbers, constants = dict(plain.numbers), dict(plain.constants)
+    load = config.number("load_bytes") // 4
+    del numbers["WORDS"], constants["LAYOUT"], constants["BITS"], constants["FUSED"]
+    return (
+        plain.replace(
+            function=vectorized,
+            numbers={**numbers, "PIECES": layout.row_words(problem) // load},
+            constants={**constants, "CODE_BITS": layout.code_bits(problem), "LOAD": load},
+        ),
+    )
 
 
 KERNEL = Kernel(
     name="vectorized",
     op="linear",
     backend="triton",
+    runs_on=("cuda",),
     space=SPACE,
     supports=supports,
     default=default,
@@ -52,5 +173,5 @@ KERNEL = Kernel(
     pack=gemv.pack,
     compile=gemv.compiler(programs),
     programs=programs,
-    about="16 codes a load, whole-entry loads, an FMA a stage",
+    about="16 bytes of codes a load, whole-entry loads, an FMA a stage",
 )

@@ -1,0 +1,160 @@
+"""Triton kernels in the interpreter, against the oracle: right or not, never how fast.
+
+The core runs each kernel on each format at one m, in fp16; the sweep adds other m, bf16, fp32 and
+every code layout.
+"""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+
+from tests.interpreter import DEVICE, interpreted_kernels
+from vqkernels import oracle
+from vqkernels.kernel import Kernel, Packed
+from vqkernels.presets import PRESETS
+from vqkernels.problem import Dtype, Problem
+from vqkernels.space import Config
+from vqkernels.tensor import random_tensor
+from vqkernels.testing import Case, check_case, conformance_cases, prepare
+
+pytest.importorskip("triton", reason="Triton is not installed")
+
+KERNELS = [*interpreted_kernels().values()]
+CASES = [case.small() for case in conformance_cases()]
+
+by_kernel = pytest.mark.parametrize("kernel", KERNELS, ids=lambda kernel: kernel.id)
+by_case = pytest.mark.parametrize("case", CASES, ids=str)
+
+
+def check(kernel: Kernel, case: Case, m: int, dtype: Dtype, config: Config | None = None) -> bool:
+    return check_case(kernel, DEVICE, case, m, dtype=dtype, config=config, place="cpu")
+
+
+def test_every_family_is_there() -> None:
+    names = {kernel.name for kernel in KERNELS}
+    assert names == {"naive", "staged", "vectorized", "fused_rq", "mma", "dequant"}
+
+
+@by_kernel
+@by_case
+def test_every_format(case: Case, kernel: Kernel) -> None:
+    check(kernel, case, 3, "float16")
+
+
+@by_case
+def test_every_format_has_a_kernel_for_few_and_for_many_tokens(case: Case) -> None:
+    for m in (1, 64):
+        problem = Problem(m=m, n=case.n, k=case.k, spec=case.spec, dtype="float16")
+        assert any(kernel.supports(problem, DEVICE) is None for kernel in KERNELS)
+
+
+@pytest.mark.sweep
+@by_kernel
+@by_case
+def test_every_format_at_other_m_and_dtypes(case: Case, kernel: Kernel) -> None:
+    for m, dtype in ((1, "bfloat16"), (17, "float16"), (2, "float32")):
+        check(kernel, case, m, dtype)
+
+
+def layouts(kernel: Kernel) -> tuple[str, ...]:
+    return next(param.values for param in kernel.space.params if param.name == "layout")
+
+
+LAYOUT_CASES = [
+    case
+    for case in CASES
+    if case.name in ("rq-2x256x8", "mixed-stages", "vptq-65536-256", "out-stride", "pq-m8")
+]
+
+
+@by_kernel
+@pytest.mark.parametrize("case", LAYOUT_CASES, ids=str)
+def test_every_code_layout(case: Case, kernel: Kernel) -> None:
+    problem = Problem(m=2, n=case.n, k=case.k, spec=case.spec, dtype="float16")
+    if kernel.supports(problem, DEVICE) is None:
+        for layout in layouts(kernel):
+            config = kernel.default(problem, DEVICE).replace(layout=layout)
+            assert check(kernel, case, 2, "float16", config)
+
+
+@pytest.mark.parametrize("stage_sum", ["registers", "dots"])
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_mma_sums_stages_either_way(stage_sum: str, dtype: Dtype) -> None:
+    kernel = interpreted_kernels()["triton/mma"]
+    case = next(case for case in CASES if case.name == "rq-4x256x8")
+    problem = Problem(m=5, n=case.n, k=case.k, spec=case.spec, dtype=dtype)
+    config = kernel.default(problem, DEVICE).replace(stage_sum=stage_sum, splits=2)
+    assert check(kernel, case, 5, dtype, config)
+
+
+@pytest.mark.parametrize("splits", [2, 4, 16])
+def test_splitting_k_is_deterministic_and_right(splits: int) -> None:
+    kernel = interpreted_kernels()["triton/vectorized"]
+    tensor = random_tensor(PRESETS["rq-2x256x8"], 37, 1000, fit=False)
+    problem = Problem(m=2, n=37, k=1000, spec=tensor.spec, dtype="float16")
+    config = kernel.default(problem, DEVICE).replace(splits=splits, tile_cells=16)
+    run, packed = prepare(kernel, problem, DEVICE, tensor, config)
+    x = torch.randn(2, 1000, generator=torch.Generator().manual_seed(0)).half()
+    first, again = (torch.full((2, 37), float("nan"), dtype=torch.float16) for _ in range(2))
+    run(packed, x, first)
+    run(packed, x, again)
+    assert torch.equal(first, again)
+    assert oracle.check(first, oracle.reference(tensor, x)).passed
+
+
+def broken(packed: Packed, how: str) -> Packed:
+    arrays = dict(packed.arrays)
+    if how == "swapped codebook":
+        arrays["books"] = arrays["books"].roll(1, dims=1)
+    if how == "off-by-one code":
+        arrays["codes"] = arrays["codes"].clone()
+        arrays["codes"].view(-1)[-1] ^= 1
+    return Packed(arrays)
+
+
+@by_kernel
+@pytest.mark.parametrize("how", ["swapped codebook", "off-by-one code", "nothing"])
+def test_a_damaged_weight_is_caught(kernel: Kernel, how: str) -> None:
+    """The check is able to fail: what a kernel computes from a damaged weight doesn't pass."""
+    tensor = random_tensor(PRESETS["rq-2x256x8"], 37, 96, fit=False)
+    problem = Problem(m=3, n=37, k=96, spec=tensor.spec, dtype="float16")
+    run, packed = prepare(kernel, problem, DEVICE, tensor)
+    x = torch.randn(3, 96, generator=torch.Generator().manual_seed(0)).half()
+    out = torch.full((3, 37), float("nan"), dtype=torch.float16)
+    run(broken(packed, how), x, out)
+    rounded = "float16" if kernel.rounds_weights else None
+    verdict = oracle.check(out, oracle.reference(tensor, x), weights=rounded)
+    assert verdict.passed == (how == "nothing")
+
+
+@by_kernel
+def test_a_bad_token_stays_alone(kernel: Kernel) -> None:
+    tensor = random_tensor(PRESETS["rq-2x256x8"], 37, 96, fit=False)
+    problem = Problem(m=3, n=37, k=96, spec=tensor.spec, dtype="float16")
+    run, packed = prepare(kernel, problem, DEVICE, tensor)
+    x = torch.randn(3, 96, generator=torch.Generator().manual_seed(0)).half()
+    x[1, 7] = float("nan")
+    out = torch.zeros(3, 37, dtype=torch.float16)
+    run(packed, x, out)
+    assert torch.isnan(out[1]).all()
+    assert torch.isfinite(out[[0, 2]]).all()
+
+
+@by_kernel
+def test_defaults_are_valid_configs(kernel: Kernel) -> None:
+    for m, n, k in itertools.product((1, 3, 300), (5, 384, 11008), (384, 4096)):
+        for name in ("rq-2x256x8", "vptq-65536-256", "vq-256x32"):
+            problem = Problem(m=m, n=n, k=k, spec=PRESETS[name], dtype="float16")
+            if kernel.supports(problem, DEVICE) is None:
+                kernel.space.check(kernel.default(problem, DEVICE))
+
+
+@by_kernel
+def test_a_cpu_is_refused(kernel: Kernel) -> None:
+    from vqkernels.device import detect_cpu
+
+    problem = Problem(m=1, n=64, k=64, spec=PRESETS["rq-2x256x8"], dtype="float16")
+    assert "GPU" in (kernel.supports(problem, detect_cpu()) or "")
