@@ -100,6 +100,8 @@ def field_cases() -> list[Case]:
         vary("row-groups", group_axis="row", group_size=67, stages=[256, 64]),
         vary("subspaces", subspaces=4, stages=[256, 64]),
         vary("length-4", vector_length=4),
+        vary("length-3", vector_length=3, stages=[50, 9]),
+        vary("out-length-5", vector_length=5, **out),
         vary("length-32", vector_length=32, stages=[100, 7]),
         vary("mixed-stages", stages=[300, 16, 2], k=512),
         vary("out", **out),

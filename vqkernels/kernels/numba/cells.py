@@ -10,6 +10,11 @@ padded with code 0; the padding of x is zero, so padded cells add nothing.
 
 **x.** Tokens are taken `TOKENS` at a time and interleaved so that one vector holds what a cell
 multiplies: along `in` `[columns, TOKENS, vector_length]`, along `out` `[columns, TOKENS]`.
+
+**No disk cache.** The loops are closures over a Shape, compiled once a process (1 to 2 s). numba
+names a closure's symbols by its qualified name and a counter of the process, so that two processes
+cache different shapes under one name; a third that loads both links the wrong one and corrupts its
+heap (numba 0.68). Only functions at module level are safe with `cache=True`.
 """
 
 # mypy: ignore-errors

@@ -96,7 +96,7 @@ def kernel(shape: Shape):
 
     vector = chain(len(decoders) - 1)
 
-    @njit(parallel=True, cache=True)
+    @njit(parallel=True)
     def run(packed, books, rows_of, columns_of, first, count, columns, dense):
         blocks = (columns + BLOCK - 1) // BLOCK
         for row in prange(count):

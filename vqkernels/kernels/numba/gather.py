@@ -114,7 +114,7 @@ def kernel(shape: Shape, tokens: int, fused: bool):
         finish(c, out, width, row + 2, count)
         finish(d, out, width, row + 3, count)
 
-    @njit(parallel=True, cache=True)
+    @njit(parallel=True)
     def run(packed, books, rows_of, columns_of, x, out, width, count, row_tile):
         blocks = packed.shape[0]
         tile = row_tile // ROWS

@@ -195,8 +195,10 @@ def part(typing, vector, number, width):
         kind = ir.VectorType(_FLOAT, count)
         slot = cgutils.alloca_once(builder, args[0].type)
         builder.store(args[0], slot)
-        lanes = builder.bitcast(slot, kind.as_pointer())
-        loaded = builder.load(builder.gep(lanes, [args[1]]))
+        # by lanes, not by vectors: LLVM pads a vector of 3 to 16 bytes in an array
+        lanes = builder.bitcast(slot, _FLOAT.as_pointer())
+        first = builder.gep(lanes, [builder.mul(args[1], args[1].type(count))])
+        loaded = builder.load(builder.bitcast(first, kind.as_pointer()))
         loaded.align = 4
         return loaded
 

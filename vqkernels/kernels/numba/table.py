@@ -112,7 +112,7 @@ def kernel(shape: Shape, tokens: int):
     add_blocks = _block_adder(shape, tokens)
     largest = _padded_entries((max(shape.stages),))
 
-    @njit(parallel=True, cache=True)
+    @njit(parallel=True)
     def run(words, books, columns_of, x, partial, row_tile):
         splits, count = partial.shape[0], partial.shape[1]
         blocks, rows = words.shape[0], words.shape[2]

@@ -79,6 +79,60 @@ def load_words(
 
 
 @triton.jit
+def load_stages(
+    codes, row, piece, inside, STAGES: tl.constexpr, ROWS, PIECES, LOAD: tl.constexpr,
+):  # fmt: skip
+    """`load_words` of every stage, as a tuple of four; the rest repeat the first."""
+    zero = load_words(codes, row, piece, inside, 0, ROWS, PIECES, LOAD)
+    one, two, three = zero, zero, zero
+    if STAGES > 1:
+        one = load_words(codes, row, piece, inside, 1, ROWS, PIECES, LOAD)
+    if STAGES > 2:
+        two = load_words(codes, row, piece, inside, 2, ROWS, PIECES, LOAD)
+    if STAGES > 3:
+        three = load_words(codes, row, piece, inside, 3, ROWS, PIECES, LOAD)
+    return zero, one, two, three
+
+
+@triton.jit
+def product(
+    weight, x, token, cells, M, last, K, LENGTH: tl.constexpr, ALONG_IN: tl.constexpr,
+):  # fmt: skip
+    """Entries `[rows, loads, length]` times the x of one token: summed along in, each along out."""
+    values = load_x(x, token + tl.arange(0, 1), cells, M, last, K, LENGTH, ALONG_IN)
+    values = tl.reshape(values, (1, values.shape[2], values.shape[3]))
+    if ALONG_IN:
+        share = tl.sum(weight * values, 2, keep_dims=True)
+    else:
+        share = weight * values
+    return share
+
+
+@triton.jit
+def products(
+    weight, x, token, cells, M, last, K, LENGTH: tl.constexpr, ALONG_IN: tl.constexpr,
+    TOKENS: tl.constexpr,
+):  # fmt: skip
+    """`product` of each token, `[rows, loads, elements, TOKENS]`.
+
+    Joined, not broadcast: so a thread keeps its entries for all tokens.
+    """
+    zero = product(weight, x, token, cells, M, last, K, LENGTH, ALONG_IN)
+    if TOKENS == 1:
+        all = tl.reshape(zero, (zero.shape[0], zero.shape[1], zero.shape[2], 1))
+    else:
+        one = product(weight, x, token + 1, cells, M, last, K, LENGTH, ALONG_IN)
+        if TOKENS == 2:
+            all = tl.join(zero, one)
+        else:
+            two = product(weight, x, token + 2, cells, M, last, K, LENGTH, ALONG_IN)
+            three = product(weight, x, token + 3, cells, M, last, K, LENGTH, ALONG_IN)
+            pairs = tl.join(tl.join(zero, two), tl.join(one, three))
+            all = tl.reshape(pairs, (zero.shape[0], zero.shape[1], zero.shape[2], 4))
+    return all
+
+
+@triton.jit
 def vectorized(
     x, codes, books, row_sets, column_sets, out,
     M, K, WIDTH, ROWS, COLUMNS, PIECES, SPAN,
@@ -91,37 +145,34 @@ def vectorized(
     A_LOAD: tl.constexpr = LOAD * A_WORD
     ELEMENTS: tl.constexpr = 1 if ALONG_IN else LENGTH
     rows = tl.program_id(0) * TILE_ROWS + tl.arange(0, TILE_ROWS)
-    token = tl.program_id(1) * TOKENS + tl.arange(0, TOKENS)
+    token = tl.program_id(1) * TOKENS
     row = rows[:, None]
     element = tl.arange(0, LENGTH)[None, None, :]
     first = tl.program_id(2) * SPAN
     last = tl.minimum(first + SPAN, COLUMNS)
-    sums = tl.zeros((TOKENS, TILE_ROWS, TILE_CELLS // A_LOAD, ELEMENTS), tl.float32)
+    sums = tl.zeros((TILE_ROWS, TILE_CELLS // A_LOAD, ELEMENTS, TOKENS), tl.float32)
     for start in range(first, last, TILE_CELLS):
         piece = (start // A_LOAD + tl.arange(0, TILE_CELLS // A_LOAD))[None, :]
         inside = (row < ROWS) & (piece < PIECES)
-        for stage in tl.static_range(len(ENTRIES)):
-            words = load_words(codes, row, piece, inside, stage, ROWS, PIECES, LOAD)
-            for code in tl.static_range(A_LOAD):
-                word = words[code // A_WORD] >> (CODE_BITS * (code % A_WORD))
-                cell = piece * A_LOAD + code
-                known = inside & (cell < COLUMNS)
-                base = first_entry(
-                    row, cell, known, row_sets, column_sets, ENTRIES, ROW_SETS, COLUMN_SETS
-                )
+        words = load_stages(codes, row, piece, inside, len(ENTRIES), ROWS, PIECES, LOAD)
+        # stages within codes: what x holds for one code is used up before the next is loaded
+        for code in tl.static_range(A_LOAD):
+            cell = piece * A_LOAD + code
+            known = inside & (cell < COLUMNS)
+            base = first_entry(
+                row, cell, known, row_sets, column_sets, ENTRIES, ROW_SETS, COLUMN_SETS
+            )
+            cells = start + tl.arange(0, TILE_CELLS // A_LOAD) * A_LOAD + code
+            for stage in tl.static_range(len(ENTRIES)):
+                word = words[stage][code // A_WORD] >> (CODE_BITS * (code % A_WORD))
                 entry = base + sum_first(ENTRIES, stage) + (word & ((1 << CODE_BITS) - 1))
                 weight = tl.load(books + entry[:, :, None] * LENGTH + element).to(tl.float32)
-                cells = start + tl.arange(0, TILE_CELLS // A_LOAD) * A_LOAD + code
-                values = load_x(x, token, cells, M, last, K, LENGTH, ALONG_IN)
-                if ALONG_IN:
-                    sums += tl.sum(weight[None] * values, 3, keep_dims=True)
-                else:
-                    sums += weight[None] * values
-    at = (tl.program_id(2) * M + token).to(tl.int64) * WIDTH
-    y = tl.sum(sums, 2)
-    part = rows[None, :, None] * ELEMENTS + tl.arange(0, ELEMENTS)[None, None, :]
-    inside_out = (token < M)[:, None, None] & (rows < ROWS)[None, :, None]
-    tl.store(out + at[:, None, None] + part, y, mask=inside_out)
+                sums += products(weight, x, token, cells, M, last, K, LENGTH, ALONG_IN, TOKENS)
+    tokens = token + tl.arange(0, TOKENS)[None, None, :]
+    part = rows[:, None] * ELEMENTS + tl.arange(0, ELEMENTS)[None, :]
+    at = (tl.program_id(2) * M + tokens).to(tl.int64) * WIDTH + part[:, :, None]
+    inside_out = (tokens < M) & (row < ROWS)[:, :, None]
+    tl.store(out + at, tl.sum(sums, 1), mask=inside_out)
 
 
 def supports(problem: Problem, device: Device) -> str | None:
@@ -132,7 +183,8 @@ def supports(problem: Problem, device: Device) -> str | None:
 def default(problem: Problem, device: Device) -> Config:
     """A 16-byte load a thread and step; spans until every multiprocessor has two programs."""
     rows, columns = code_grid(problem.spec, problem.n, problem.k)
-    tokens = min(4, 1 << (problem.m - 1).bit_length())
+    # x of a cell is in registers, fp32, for all tokens at once
+    tokens = min(4, 1 << (problem.m - 1).bit_length(), 32 // problem.spec.vector_length)
     programs = -(-rows // 16) * -(-problem.m // tokens)
     wanted = max(1, 2 * device.units // programs)
     return Config(
