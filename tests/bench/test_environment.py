@@ -10,7 +10,7 @@ from bench import environment
 from bench.environment import describe_host, device_state, project_revision
 from tests.autotune.zoo import DEVICE
 
-GPU = dataclasses.replace(DEVICE, kind="cuda", index=1)
+GPU = dataclasses.replace(DEVICE, kind="cuda", index=1, uuid="GPU-b")
 
 
 def git(folder: Path, *words: str) -> None:
@@ -86,13 +86,13 @@ def test_steal_is_the_eighth_figure(monkeypatch):
 
 @pytest.fixture
 def nvml(monkeypatch):
-    """A fake pynvml that answers for GPU 1 only."""
+    """A fake pynvml that answers for that GPU only."""
 
     class NVMLError(Exception):
         pass
 
-    def handle(index):
-        if index != 1:
+    def handle(uuid):
+        if uuid != GPU.uuid:
             raise NVMLError("no such GPU")
         return "handle"
 
@@ -111,7 +111,7 @@ def nvml(monkeypatch):
         NVML_TEMPERATURE_GPU="gpu",
         nvmlInit=lambda: None,
         nvmlShutdown=lambda: None,
-        nvmlDeviceGetHandleByIndex=handle,
+        nvmlDeviceGetHandleByUUID=handle,
         **answers,
     )
     monkeypatch.setitem(__import__("sys").modules, "pynvml", fake)
