@@ -1,0 +1,201 @@
+"""What the Triton kernels compile to, held to the kept table and to what they promise.
+
+The table belongs to one version of the compilers: with others, rows are compiled and held to the
+promises, but not compared. `python -m tests.vqkernels.kernels.keep_cubins` rewrites it.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from autotune.inspection import ARCHS
+from tests.interpreter import compiling_environment
+from tests.vqkernels.kernels import keep_cubins
+from tests.vqkernels.kernels.keep_cubins import FORMATS, KEY
+from vqkernels.kernel import registry
+
+pytest.importorskip("triton", reason="Triton is not installed")
+
+ROOT = Path(__file__).resolve().parents[3]
+Row = dict[str, Any]
+
+TENSOR = {"HMMA", "HGMMA", "UTCHMMA"}
+
+
+@functools.cache
+def compiled(scope: str, folder: Path) -> list[Row]:
+    """One process compiles all rows: Triton is interpreting in this one."""
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.vqkernels.kernels.keep_cubins", "--print", scope],
+        cwd=ROOT,
+        env=compiling_environment() | {"TRITON_CACHE_DIR": str(folder)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    rows: list[Row] = json.loads(done.stdout)
+    return rows
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("triton")
+
+
+def name(row: Row) -> str:
+    return ", ".join(row[key] for key in KEY)
+
+
+def worse(kept: Row, now: Row) -> list[str]:
+    """What got worse, or changed without being better."""
+    found = []
+    if now["status"] != kept["status"]:
+        return [f"{name(now)}: {kept['status']} became {now['status']}: {now['reason']}"]
+    if now["status"] == "compile":
+        return []
+    if int(now["spill_bytes"]) > int(kept["spill_bytes"]):
+        found.append(f"spills {now['spill_bytes']} bytes, before {kept['spill_bytes']}")
+    found += [
+        f"{key}: {now[key] or 'none'}, before {kept[key] or 'none'}"
+        for key in ("global_load_bytes", "shared_load_bytes", "tensor")
+        if now[key] != kept[key]
+    ]
+    if int(now["registers"]) > 1.1 * int(kept["registers"]):
+        found.append(f"{now['registers']} registers, before {kept['registers']}")
+    return [f"{name(now)}: {line}" for line in found]
+
+
+def compare(found: list[Row]) -> None:
+    kept = {name(row): row for row in keep_cubins.read()}
+    for row in found:
+        assert name(row) in kept, f"{name(row)} is not in the table: rewrite it"
+    same = [row for row in found if row["compiler"] == kept[name(row)]["compiler"]]
+    if not same:
+        was, now = kept[name(found[0])]["compiler"], found[0]["compiler"]
+        pytest.skip(f"the table was kept with {was}; here is {now}")
+    complaints = [line for row in same for line in worse(kept[name(row)], row)]
+    assert not complaints, "\n".join(complaints)
+
+
+def keep_promises(rows: list[Row]) -> None:
+    """What holds for any version of the compilers."""
+    defaults = [row for row in rows if row["default"] == "yes"]
+    for row in defaults:
+        assert row["status"] == "ok", f"{name(row)}: {row['reason']}"
+        assert row["spill_bytes"] == "0", f"{name(row)} spills {row['spill_bytes']} bytes"
+    vectorized = [r for r in defaults if r["kernel"] == "triton/vectorized"]
+    byte_codes = [r for r in vectorized if r["format"] in ("aqlm-2x8", "rq-4x256x8")]
+    assert byte_codes
+    for row in byte_codes:
+        # codes, entries and x alike: no load in the loop is narrower
+        assert row["global_load_bytes"] == "16", name(row)
+    for row in vectorized:
+        assert "16" in row["global_load_bytes"].split(), name(row)
+    mma = [row for row in rows if row["kernel"] == "triton/mma"]
+    assert mma
+    for row in mma:
+        assert set(row["tensor"].split()) & TENSOR, name(row)
+
+
+# ------------------------------------------------------------------------------------------------
+# the kept table
+
+
+def test_table_has_every_kernel_format_and_architecture() -> None:
+    rows = keep_cubins.read()
+    kernels = {n for n, kernel in registry().kernels.items() if kernel.backend == "triton"}
+    assert {row["kernel"] for row in rows} == kernels
+    assert {row["format"] for row in rows} == set(FORMATS)
+    defaults = [row for row in rows if row["default"] == "yes"]
+    assert {(r["kernel"], r["arch"]) for r in defaults} == {(k, a) for k in kernels for a in ARCHS}
+    assert {row["kernel"] for row in rows if row["default"] == "no"} == kernels
+    assert len({name(row) for row in rows}) == len(rows)
+
+
+def test_table_keeps_the_promises() -> None:
+    keep_promises(keep_cubins.read())
+
+
+def row(**fields: str) -> Row:
+    made = next(r for r in keep_cubins.read() if r["kernel"] == "triton/mma")
+    return made | fields
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        ({}, None),
+        ({"registers": "109"}, None),
+        ({"registers": "80"}, None),
+        ({"registers": "111"}, "111 registers, before 100"),
+        ({"spill_bytes": "8"}, "spills 8 bytes, before 0"),
+        ({"global_load_bytes": "16 4 1"}, "global_load_bytes: 16 4 1, before 16 4"),
+        ({"shared_load_bytes": "4"}, "shared_load_bytes: 4, before"),
+        ({"tensor": ""}, "tensor: none, before HMMA"),
+        ({"status": "compile", "reason": "x"}, "ok became compile: x"),
+    ],
+)
+def test_what_counts_as_worse(change: dict[str, str], complaint: str | None) -> None:
+    kept = row(registers="100", global_load_bytes="16 4", tensor="HMMA")
+    found = worse(kept, kept | change)
+    assert len(found) == (complaint is not None)
+    if complaint:
+        assert complaint in found[0]
+        assert found[0].startswith("triton/mma, aqlm-2x8, 16, sm_80, ")
+
+
+def test_broken_promises_are_seen() -> None:
+    rows = keep_cubins.read()
+    for kernel, change in (
+        ("triton/naive", {"spill_bytes": "4"}),
+        ("triton/vectorized", {"global_load_bytes": "16 4"}),
+        ("triton/mma", {"tensor": ""}),
+        ("triton/mma", {"status": "constraint", "reason": "too much"}),
+    ):
+        at = next(i for i, r in enumerate(rows) if r["kernel"] == kernel)
+        doctored = [*rows[:at], rows[at] | change, *rows[at + 1 :]]
+        with pytest.raises(AssertionError, match=kernel):
+            keep_promises(doctored)
+
+
+def test_another_compiler_is_not_compared(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = keep_cubins.read()
+    with pytest.raises(pytest.skip.Exception, match="kept with triton"):
+        compare([rows[0] | {"compiler": "triton 9, ptxas 99", "spill_bytes": "4"}])
+    with pytest.raises(AssertionError, match="not in the table"):
+        compare([rows[0] | {"format": "new"}])
+
+
+# ------------------------------------------------------------------------------------------------
+# compiled now
+
+
+def test_core_keeps_the_promises(folder: Path) -> None:
+    rows = compiled("core", folder)
+    assert {row["kernel"] for row in rows} == {row["kernel"] for row in keep_cubins.read()}
+    keep_promises(rows)
+
+
+def test_core_is_as_kept(folder: Path) -> None:
+    compare(compiled("core", folder))
+
+
+@pytest.mark.sweep
+def test_all_keep_the_promises(folder: Path) -> None:
+    keep_promises(compiled("all", folder))
+
+
+@pytest.mark.sweep
+def test_all_are_as_kept(folder: Path) -> None:
+    found = compiled("all", folder)
+    compare(found)
+    gone = {name(row) for row in keep_cubins.read()} - {name(row) for row in found}
+    assert not gone, f"in the table only: {sorted(gone)[0]}; rewrite it"
