@@ -100,8 +100,8 @@ def measure(benchmark, call: Call, tensor: QuantizedTensor, x: torch.Tensor) -> 
 @pytest.mark.parametrize("name", ["numba/table", "torch/linear"])
 @pytest.mark.benchmark(group="aqlm-2x8 4096x4096 m=1, 2 threads")
 def test_two_threads(benchmark, limited, name, tensor, x) -> None:
-    calls = {"numba/table": table_call(tensor, x, 2), "torch/linear": linear_call(tensor, x)}
-    measure(benchmark, calls[name], tensor, x)
+    call = table_call(tensor, x, 2) if name == "numba/table" else linear_call(tensor, x)
+    measure(benchmark, call, tensor, x)
 
 
 @pytest.mark.parametrize("limited", [1], indirect=True)
@@ -109,8 +109,8 @@ def test_two_threads(benchmark, limited, name, tensor, x) -> None:
 @pytest.mark.benchmark(group="aqlm-2x8 4096x4096 m=1, 1 thread")
 def test_one_thread(benchmark, limited, name, tensor, x) -> None:
     assert numba.get_num_threads() == 1, "AQLM's kernel is right on one thread only"
-    calls = {"numba/table": table_call(tensor, x, 1), "aqlm/numba": aqlm_call(tensor, x)}
-    measure(benchmark, calls[name], tensor, x)
+    call = table_call(tensor, x, 1) if name == "numba/table" else aqlm_call(tensor, x)
+    measure(benchmark, call, tensor, x)
 
 
 @pytest.mark.parametrize("limited", [2], indirect=True)
