@@ -6,10 +6,12 @@ import os
 
 from hypothesis import HealthCheck, settings
 
-# No deadline: a slow machine is no bug. No database: runs leave nothing behind in the tree.
+# No deadline: a slow machine is no bug. The same examples on every run: a red test is a change.
+# No database: runs leave nothing behind in the tree.
 settings.register_profile(
     "vqbench",
     deadline=None,
+    derandomize=True,
     database=None,
     print_blob=True,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
