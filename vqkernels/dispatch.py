@@ -6,9 +6,7 @@ autograd has a gradient for x (grad_y times the decoded weight). An operator tak
 and strings only, so a weight travels as its parts in `part_table`'s order (a bias last) beside its
 spec as JSON.
 
-A weight is packed once for a kernel. It is known by the storages of its parts, since an autograd or
-compiled graph may hand over other tensors on the same memory; storages are held weakly, so that the
-packed form goes with the first of its parts, and version counters tell a change in place.
+A weight is packed once for a kernel: see pack_cache.
 """
 
 from __future__ import annotations
@@ -17,9 +15,8 @@ import contextlib
 import dataclasses
 import functools
 import json
-import threading
-import weakref
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Hashable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, Literal
 
 import torch
@@ -29,6 +26,7 @@ from vqkernels.device import Device, detect, detect_cpu
 from vqkernels.errors import BackendError, TensorError, UnsupportedError
 from vqkernels.kernel import Kernel, Packed, Registry, Run
 from vqkernels.kernel import registry as known_kernels
+from vqkernels.pack_cache import PackCache
 from vqkernels.parts import part_table
 from vqkernels.problem import Dtype, Problem
 from vqkernels.space import Config
@@ -54,15 +52,17 @@ class Regime:
 # The first regime that fits, then the first kernel in it that supports the problem. On a CPU a
 # table serves 8 tokens a pass; gathering repeats its decode every 8 tokens, so that from some 32
 # on decoding once and the BLAS win. On a GPU an mma tile is 16 tokens at least, and from 128 on the
-# dense product hides the decode. The torch kernels are what is left without numba or Triton.
+# dense product hides the decode. No GPU has measured Triton against CUDA C++ yet: Triton's come
+# first, CUDA's take what those refuse. The torch kernels are what is left without all of these.
 _GATHER = ("numba/fused_rq", "numba/vectorized", "numba/dequant")
+_DECODE = ("triton/dequant", "cuda/dequant", "torch/dequant")
 ORDER = (
     Regime("cpu", 8, ("numba/table", *_GATHER, "torch/table", "torch/dequant")),
     Regime("cpu", 32, (*_GATHER, "torch/dequant")),
     Regime("cpu", None, ("numba/dequant", "torch/dequant")),
-    Regime("cuda", 7, ("triton/fused_rq", "triton/vectorized", "triton/dequant", "torch/dequant")),
-    Regime("cuda", 128, ("triton/mma", "triton/dequant", "torch/dequant")),
-    Regime("cuda", None, ("triton/dequant", "torch/dequant")),
+    Regime("cuda", 7, ("triton/fused_rq", "triton/vectorized", "cuda/vectorized", *_DECODE)),
+    Regime("cuda", 128, ("triton/mma", *_DECODE)),
+    Regime("cuda", None, _DECODE),
 )
 
 
@@ -126,111 +126,6 @@ def _select(problem: Problem, device: Device, registry: Registry) -> Choice:
 
 
 # ------------------------------------------------------------------------------------------------
-# packed weights
-
-
-class _Entry:
-    """The packed forms of one weight at one version of its parts."""
-
-    def __init__(self, versions: tuple[int, ...], storages: list[weakref.ref[object]]) -> None:
-        self.versions = versions
-        self.storages = storages  # their callbacks drop the entry
-        self.packs: dict[Hashable, Packed] = {}
-        self.lock = threading.Lock()
-
-
-class _PackCache:
-    """Packed weights by what they were packed from and how; safe to share between threads."""
-
-    def __init__(self) -> None:
-        self._entries: dict[Hashable, _Entry] = {}
-        self._lock = threading.Lock()
-
-    def __len__(self) -> int:
-        return len(self._entries)
-
-    def get(
-        self, meta: Hashable, parts: Sequence[Tensor], how: Hashable, pack: Callable[[], Packed]
-    ) -> Packed:
-        """What `pack()` gives for `parts` in the sense of `meta`, called once for each `how`.
-
-        `pack` gives arrays on the CPU; they are kept on the device of the parts.
-        """
-        entry = self._entry(meta, parts)
-        if (packed := entry.packs.get(how)) is not None:
-            return packed
-        with entry.lock:
-            if (packed := entry.packs.get(how)) is None:
-                packed = _apart(pack(), parts).to(parts[0].device)
-                packed = _share(packed, list(entry.packs.values()))
-                entry.packs[how] = packed
-        return packed
-
-    def _entry(self, meta: Hashable, parts: Sequence[Tensor]) -> _Entry:
-        storages = [part.untyped_storage() for part in parts]
-        places = zip(storages, parts, strict=True)
-        key = (
-            meta,
-            *((id(memory), part.storage_offset(), part.stride()) for memory, part in places),
-        )
-        versions = tuple(_version(part) for part in parts)
-        with self._lock:
-            entry = self._entries.get(key)
-            if entry is None or entry.versions != versions:
-                # runs wherever the last reference goes, so without the lock; the address of a part
-                # isn't free before this has run, so what it drops is the dead entry
-                def forget(_: object) -> None:
-                    self._entries.pop(key, None)
-
-                entry = _Entry(versions, [weakref.ref(memory, forget) for memory in storages])
-                self._entries[key] = entry
-        return entry
-
-
-def _version(part: Tensor) -> int:
-    # tensors made under inference mode count no versions
-    return -1 if part.is_inference() else part._version
-
-
-def _apart(packed: Packed, parts: Sequence[Tensor]) -> Packed:
-    """The arrays, copied where they lie in a part's memory and so would keep it alive."""
-    spans = [(part.untyped_storage().data_ptr(), part.untyped_storage().nbytes()) for part in parts]
-
-    def inside(array: Tensor) -> bool:
-        return any(start <= array.data_ptr() < start + size for start, size in spans)
-
-    arrays = packed.arrays.items()
-    return Packed({name: array.clone() if inside(array) else array for name, array in arrays})
-
-
-def _share(packed: Packed, others: list[Packed]) -> Packed:
-    """The arrays, those of `others` where they are equal.
-
-    Most configs of a kernel differ in tiles, not in layout: four configs for four m would
-    otherwise hold four copies of the codes.
-    """
-    arrays = dict(packed.arrays)
-    for name, array in arrays.items():
-        same = [other[name] for other in others if name in other and _equal(other[name], array)]
-        arrays[name] = same[0] if same else array
-    return Packed(arrays)
-
-
-def _equal(a: Tensor, b: Tensor) -> bool:
-    # as bytes, since torch compares uint16 on no backend yet
-    return (
-        a.dtype == b.dtype
-        and a.shape == b.shape
-        and a.stride() == b.stride()
-        and torch.equal(_bytes(a), _bytes(b))
-    )
-
-
-def _bytes(array: Tensor) -> Tensor:
-    return array.contiguous().reshape(-1).view(torch.uint8)
-
-
-# ------------------------------------------------------------------------------------------------
 # the operator
 
 
@@ -240,7 +135,7 @@ _DTYPES: dict[torch.dtype, Dtype] = {
     torch.bfloat16: "bfloat16",
 }
 
-_PACKS = _PackCache()
+_PACKS = PackCache()
 
 _SPEC_FIELDS = tuple(field.name for field in dataclasses.fields(CodebookSpec))
 
@@ -331,12 +226,28 @@ def _device(name: str, threads: int) -> Device:
     return detect_cpu(threads) if name == "cpu" else detect(name)
 
 
+@dataclasses.dataclass(frozen=True)
+class _Plan:
+    """How a call is served: its problem, the choice, compiled, and the key of its packed weight."""
+
+    problem: Problem
+    choice: Choice
+    run: Run
+    packing: Hashable
+
+
 @functools.lru_cache(maxsize=4096)
-def _plan(problem: Problem, place: str, threads: int) -> tuple[Choice, Run]:
-    """The choice for a problem, compiled."""
+def _plan(
+    m: int, dtype: torch.dtype, spec: str, n: int, k: int, parts: int, place: str, threads: int
+) -> _Plan:
+    """The plan for `m` tokens; keyed by what a call has at hand, since a Problem takes 2 us."""
+    bias = parts > len(_named(spec, n, k, False)[1])
+    parsed, _ = _named(spec, n, k, bias)
+    problem = Problem(m=m, n=n, k=k, spec=parsed, dtype=_DTYPES[dtype], bias=bias)
     device = _device(place, threads)
     choice = select(problem, device)
-    return choice, choice.kernel.compile(choice.config, problem, device)
+    run = choice.kernel.compile(choice.config, problem, device)
+    return _Plan(problem, choice, run, (choice.kernel.id, choice.config, problem.dtype))
 
 
 _LINEAR = "(Tensor x, Tensor[] parts, str spec, int n, int k) -> Tensor"
@@ -348,29 +259,40 @@ def _product(x: Tensor, parts: list[Tensor], spec: str, n: int, k: int) -> Tenso
     device = x.device
     if strange := [part.device for part in parts if part.device != device]:
         raise TensorError(f"vq_linear: x is on {device}, a part of the weight on {strange[0]}")
-    flat = x.detach().reshape(-1, k).contiguous()
-    shape = (*x.shape[:-1], n)
+    # views cost 1 to 2 us each, as much as a launch: only where something changes
+    flat = x.detach() if x.dim() == 2 else x.detach().reshape(-1, k)
     if flat.shape[0] == 0:
-        return x.new_empty(shape)
+        return x.new_empty(*x.shape[:-1], n)
     if device.type == "cpu":
         flat = flat.float()
-    bias = len(parts) > len(_named(spec, n, k, False)[1])
-    parsed, _ = _named(spec, n, k, bias)
-    problem = Problem(m=flat.shape[0], n=n, k=k, spec=parsed, dtype=_DTYPES[flat.dtype], bias=bias)
-    # Triton launches on the current device
-    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
-        choice, run = _plan(problem, str(device), torch.get_num_threads())
+    with _current(device):
+        out = _run(flat.contiguous(), parts, spec, n, k)
+    if out.dtype != x.dtype:
+        out = out.to(x.dtype)
+    return out if x.dim() == 2 else out.view(*x.shape[:-1], n)
 
-        def pack() -> Packed:
-            tensor = _tensor(parts, spec, n, k).to("cpu")
-            tensor.validate("vq_linear")
-            return choice.kernel.pack(tensor, choice.config, problem)
 
-        key = (choice.kernel.id, choice.config, problem.dtype)
-        packed = _PACKS.get((spec, n, k), parts, key, pack)
-        out = torch.empty(flat.shape[0], n, dtype=flat.dtype, device=device)
-        run(packed, flat, out)
-    return out.to(x.dtype).view(shape)
+def _current(device: torch.device) -> AbstractContextManager[object]:
+    """Triton launches on the current device; entering one that is current costs 2 us."""
+    if device.type == "cuda" and torch.cuda.current_device() != device.index:
+        return torch.cuda.device(device)
+    return contextlib.nullcontext()
+
+
+def _run(x: Tensor, parts: list[Tensor], spec: str, n: int, k: int) -> Tensor:
+    """The product with `x: [m, k]`, in a dtype that kernels take."""
+    threads = torch.get_num_threads()
+    plan = _plan(x.shape[0], x.dtype, spec, n, k, len(parts), str(x.device), threads)
+
+    def pack() -> Packed:
+        tensor = _tensor(parts, spec, n, k).to("cpu")
+        tensor.validate("vq_linear")
+        return plan.choice.kernel.pack(tensor, plan.choice.config, plan.problem)
+
+    packed = _PACKS.get((spec, n, k), parts, plan.packing, pack)
+    out = x.new_empty(x.shape[0], n)
+    plan.run(packed, x, out)
+    return out
 
 
 @_product.register_fake

@@ -88,12 +88,14 @@ def test_the_order_on_a_cpu(name, m, expected):
         ("vq-256x8", 128, "bfloat16", "triton/mma"),
         ("vq-256x8", 16, "float32", "triton/dequant"),
         ("vq-256x8", 129, "float16", "triton/dequant"),
-        ("vq-256x12", 1, "float16", "torch/dequant"),
-        ("vq-256x12", 4096, "float16", "torch/dequant"),
+        ("vq-256x12", 1, "float16", "cuda/vectorized"),
+        ("vq-256x12", 4096, "float16", "cuda/dequant"),
+        ("vq-256x40", 4096, "float16", "torch/dequant"),
     ],
 )
 def test_the_order_on_a_gpu(name, m, dtype, expected):
     pytest.importorskip("triton")
+    pytest.importorskip("cuda.bindings")
     assert chosen(name, m, GPU, dtype) == expected
 
 
@@ -296,15 +298,15 @@ def packed(monkeypatch):
         made.append({name: weakref.ref(array) for name, array in result.arrays.items()})
         return result
 
-    def plan(problem, place, threads):
-        choice = dispatch.Choice(
-            dataclasses.replace(kernel, pack=pack), kernel.default(problem, CPU), ""
-        )
-        return choice, kernel.compile(choice.config, problem, CPU)
+    def chosen(problem, device):
+        slow = dataclasses.replace(kernel, pack=pack)
+        return dispatch.Choice(slow, kernel.default(problem, device), "")
 
-    monkeypatch.setattr(dispatch, "_plan", plan)
-    monkeypatch.setattr(dispatch, "_PACKS", dispatch._PackCache())
-    return made
+    monkeypatch.setattr(dispatch, "select", chosen)
+    monkeypatch.setattr(dispatch, "_PACKS", dispatch.PackCache())
+    dispatch._plan.cache_clear()
+    yield made
+    dispatch._plan.cache_clear()
 
 
 def test_a_weight_is_packed_once(packed):
@@ -382,7 +384,7 @@ def test_a_bias_in_training_packs_nothing_again(packed):
 
 
 def test_configs_with_one_layout_share_its_memory(monkeypatch):
-    cache = dispatch._PackCache()
+    cache = dispatch.PackCache()
     monkeypatch.setattr(dispatch, "_PACKS", cache)
     tensor, x = weight(), inputs(8, 64)
     for m in (1, 8):

@@ -144,8 +144,12 @@ def surround(core: Core, problem: Problem) -> Run:
     """A Run from a core: whole cells, contiguous, x in the problem's dtype, y in that or fp32."""
     spec, n = problem.spec, problem.n
     _, width = core_shape(spec, n, problem.k)
+    bare = _bare(problem)
 
     def run(packed: Packed, x: Tensor, out: Tensor) -> None:
+        if bare and out.is_contiguous():
+            core(packed, x.contiguous(), out)
+            return
         core_x, side_x = _before(packed, spec, x)
         # y that has further to go is kept in fp32, so that it is rounded once
         whole = width == n and out.is_contiguous() and _AFTER.isdisjoint(packed.arrays)
@@ -162,6 +166,14 @@ def surround(core: Core, problem: Problem) -> Run:
         _after(packed, x, side_x, y, out)
 
     return run
+
+
+def _bare(problem: Problem) -> bool:
+    """Whether nothing surrounds the lookups: 2 us of a launch's 15 are saved where one knows."""
+    spec, n, k = problem.spec, problem.n, problem.k
+    around = (spec.permuted, spec.rotation_size, spec.side_columns, spec.stride > 1, problem.bias)
+    scaled = (spec.scale_axis, spec.zero_axis) != ("none", "none")
+    return not any(around) and not scaled and core_shape(spec, n, k) == (k, n)
 
 
 def _inverse(cells: Tensor, features: int) -> Tensor:
