@@ -59,9 +59,9 @@ class Inspection:
     """One program of a config, compiled and read; or why there is none.
 
     status: ok; constraint (refused, outside the space, or more shared memory than a block of the
-    architecture has); compile (the compiler failed). reason: empty where ok. compiler: name and
-    version of all compilers involved. shared_bytes: static and dynamic. code: None where nothing
-    was compiled.
+    architecture has: then not compiled where the footprint knows); compile (the compiler failed).
+    reason: empty where ok. compiler: name and version of all compilers involved. shared_bytes:
+    static and dynamic. code: None where nothing was compiled.
     """
 
     status: Literal["ok", "constraint", "compile"]
@@ -102,9 +102,13 @@ def inspect_kernel(
         yield Inspection(status="constraint", config=chosen, reason=str(error))
         return
     try:
+        needed = kernel.footprint(chosen, problem, device).shared_bytes
         programs = kernel.programs(chosen, problem)
     except Exception as error:  # a kernel may fail in any way; the reason is kept
         yield Inspection(status="compile", config=chosen, reason=_cause(error))
+        return
+    if reason := _too_large(needed, device):
+        yield Inspection(status="constraint", config=chosen, reason=reason, shared_bytes=needed)
         return
     for program in programs:
         yield _inspect(program, chosen, device)
@@ -122,18 +126,25 @@ def _inspect(program: Program, config: Config, device: Device) -> Inspection:
     image, dynamic, compiler = _machine_code(compiled)
     code = read_cubin(image)
     shared = code.static_shared_bytes + dynamic
-    fits = device.shared_bytes is None or shared <= device.shared_bytes
+    reason = _too_large(shared, device)
     return Inspection(
-        status="ok" if fits else "constraint",
+        status="constraint" if reason else "ok",
         config=config,
-        reason=""
-        if fits
-        else f"needs {shared:,} bytes of shared memory a block; {device.arch} has "
-        f"{device.shared_bytes:,}",
+        reason=reason,
         compiler=compiler,
         shared_bytes=shared,
         compile_s=took,
         code=code,
+    )
+
+
+def _too_large(shared: int, device: Device) -> str:
+    """The sentence that refuses a block of `shared` bytes; empty where it fits."""
+    if device.shared_bytes is None or shared <= device.shared_bytes:
+        return ""
+    return (
+        f"needs {shared:,} bytes of shared memory a block; {device.arch} has "
+        f"{device.shared_bytes:,}"
     )
 
 

@@ -222,6 +222,8 @@ def _reasons(rows: Sequence[Row]) -> list[str]:
             subject += f", {one['format']}"
         if one["status"] == "compile":
             subject += f", {one['config']}: does not compile"
+        elif one["shared_bytes"] is not None:
+            subject += f", {one['config']}"
         archs = lines.setdefault(f"{subject}: {one['reason']}", [])
         if one["arch"] not in archs:
             archs.append(one["arch"])

@@ -12,8 +12,9 @@ import pytest
 from autotune import cubin, inspection, sass
 from autotune.cubin import read_cubin, tool
 from autotune.inspection import ARCHS, inspect_kernel, stand_in
+from vqkernels.device import Device
 from vqkernels.errors import BackendError
-from vqkernels.kernel import registry
+from vqkernels.kernel import Footprint, registry
 from vqkernels.presets import parse_format
 from vqkernels.problem import Problem
 from vqkernels.space import Config
@@ -241,8 +242,13 @@ def test_tools_of_a_toolkit_are_found(monkeypatch: pytest.MonkeyPatch, tmp_path:
 # inspections
 
 
-def inspected(monkeypatch: pytest.MonkeyPatch, compiled: object, arch: str = "sm_90") -> object:
-    """The inspection of a kernel whose one program compiles to `compiled`, or raises it."""
+def inspected(
+    monkeypatch: pytest.MonkeyPatch, compiled: object, arch: str = "sm_90", declared: int = 0
+) -> object:
+    """The inspection of a kernel whose one program compiles to `compiled`, or raises it.
+
+    declared: shared memory of its footprint.
+    """
 
     def compile(arch: int) -> object:
         print("the whole program")  # noqa: T201  # as Triton does where ptxas fails
@@ -257,6 +263,7 @@ def inspected(monkeypatch: pytest.MonkeyPatch, compiled: object, arch: str = "sm
         programs=lambda config, problem: (SimpleNamespace(compile=compile),),
         supports=lambda problem, device: None,
         default=lambda problem, device: Config(),
+        footprint=lambda config, problem, device: Footprint(0, 0, 0, declared),
     )
     (found,) = inspect_kernel(kernel, PROBLEM, arch)
     return found
@@ -278,6 +285,28 @@ def test_more_shared_memory_than_a_block_has(monkeypatch: pytest.MonkeyPatch) ->
     assert found.status == "constraint"
     assert found.reason == "needs 121,000 bytes of shared memory a block; sm_86 has 101,376"
     assert found.code is not None
+
+
+def test_a_footprint_refuses_before_anything_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    never = AssertionError("compiled")
+    found = inspected(monkeypatch, never, "sm_86", declared=101_377)
+    assert isinstance(found, inspection.Inspection)
+    assert found.status == "constraint"
+    assert found.reason == "needs 101,377 bytes of shared memory a block; sm_86 has 101,376"
+    assert (found.shared_bytes, found.code) == (101_377, None)
+    assert inspected(monkeypatch, never, "sm_86", declared=101_376).status == "compile"  # type: ignore[attr-defined]
+
+
+def test_a_footprint_that_fails_is_a_status() -> None:
+    def footprint(config: Config, problem: Problem, device: Device) -> Footprint:
+        raise ValueError("tile of 0")
+
+    kernel = dataclasses.replace(
+        registry()["torch/dense"], programs=lambda config, problem: (), footprint=footprint,
+        supports=lambda problem, device: None, default=lambda problem, device: Config(),
+    )  # fmt: skip
+    (found,) = inspect_kernel(kernel, PROBLEM, "sm_90")
+    assert (found.status, found.reason) == ("compile", "ValueError: tile of 0")
 
 
 def test_a_compiler_that_fails_is_a_status(monkeypatch: pytest.MonkeyPatch) -> None:

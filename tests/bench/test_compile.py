@@ -49,7 +49,10 @@ CODE = Cubin(
 
 @pytest.fixture
 def fake(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Programs that compile at once: 2 GB of shared memory at 8 warps, broken on sm_120."""
+    """Programs that compile at once: 2 GB of shared memory at 8 warps, broken on sm_120.
+
+    At 2 warps more still, which is known beforehand.
+    """
 
     def inspect(
         kernel: Kernel, problem: Problem, arch: str, config: Config | None = None
@@ -60,6 +63,10 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> None:
         elif chosen["warps"] == 8:
             yield Inspection(
                 status="constraint", config=chosen, reason="needs 2 GB", code=CODE, shared_bytes=2
+            )
+        elif chosen["warps"] == 2:
+            yield Inspection(
+                status="constraint", config=chosen, reason="needs 4 GB", shared_bytes=4
             )
         else:
             yield Inspection(status="ok", config=chosen, code=CODE, shared_bytes=1024)
@@ -119,6 +126,16 @@ def test_configs_are_changes_of_the_default() -> None:
     assert rows[0]["status"] == "constraint"
     assert rows[0]["registers"] == 40
     assert "tile_rows=8 tokens=1 warps=4" in rows[1]["config"]
+
+
+@pytest.mark.usefixtures("fake")
+def test_a_config_that_can_not_launch_is_a_line_that_names_it() -> None:
+    changes = ("--config", "warps=2", "--config", "warps=4")
+    result = run("triton/vectorized", "--format", "aqlm-2x8", *changes)
+    assert result.exit_code == 0, result.output
+    (line,) = (line for line in result.output.splitlines() if line.startswith("!"))
+    assert line.startswith("! triton/vectorized, aqlm-2x8, layout=words")
+    assert line.endswith("warps=2: needs 4 GB")
 
 
 @pytest.mark.usefixtures("fake")

@@ -37,6 +37,7 @@ _CORE = {("aqlm-2x8", "sm_80"), ("aqlm-2x8", "sm_120")} | {(f, "sm_90") for f in
 Row = dict[str, Any]
 Case = tuple[Kernel, str, Problem, Device, Config | None]
 
+COMPARED_ONLY = ("footprint_bytes",)  # with its own row, so the table needs no column for it
 KEY = ("kernel", "format", "m", "arch", "config")
 
 
@@ -102,8 +103,15 @@ def row(case: Case, one: Inspection) -> Row:
         "shared_load_bytes": code and _widths(code.loop.shared_loads),
         "tensor": code and " ".join(sorted({o.partition(".")[0] for o in code.loop.tensor})),
         "reason": one.reason,
+        "footprint_bytes": footprint_bytes(case, one),
     }
     return {key: "" if value is None else str(value) for key, value in values.items()}
+
+
+def footprint_bytes(case: Case, one: Inspection) -> int | None:
+    """Shared memory of a block as the kernel declares it, to be held to `shared_bytes`."""
+    kernel, _, asked, device, _ = case
+    return one.config and kernel.footprint(one.config, asked, device).shared_bytes
 
 
 def _widths(loads: Any) -> str:
@@ -124,7 +132,8 @@ def read() -> list[Row]:
 
 def write(found: list[Row]) -> None:
     with TABLE.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, list(found[0]), lineterminator="\n")
+        kept = [key for key in found[0] if key not in COMPARED_ONLY]
+        writer = csv.DictWriter(file, kept, extrasaction="ignore", lineterminator="\n")
         writer.writeheader()
         writer.writerows(found)
 

@@ -59,7 +59,7 @@ def worse(kept: Row, now: Row) -> list[str]:
     found = []
     if now["status"] != kept["status"]:
         return [f"{name(now)}: {kept['status']} became {now['status']}: {now['reason']}"]
-    if now["status"] == "compile":
+    if not now["registers"]:  # refused, or not compiled
         return []
     if int(now["spill_bytes"]) > int(kept["spill_bytes"]):
         found.append(f"spills {now['spill_bytes']} bytes, before {kept['spill_bytes']}")
@@ -103,6 +103,15 @@ def keep_promises(rows: list[Row]) -> None:
     assert mma
     for row in mma:
         assert set(row["tensor"].split()) & TENSOR, name(row)
+
+
+def keep_footprints(rows: list[Row]) -> None:
+    """What a kernel declares before it compiles: never less than it takes, at most 15 % more."""
+    compiled = [row for row in rows if row["registers"]]
+    assert compiled
+    for row in compiled:
+        declared, taken = int(row["footprint_bytes"]), int(row["shared_bytes"])
+        assert taken <= declared <= 1.15 * taken, f"{name(row)}: {declared} declared, {taken} taken"
 
 
 # ------------------------------------------------------------------------------------------------
@@ -184,6 +193,18 @@ def test_core_keeps_the_promises(folder: Path) -> None:
     keep_promises(rows)
 
 
+def test_core_declares_its_shared_memory(folder: Path) -> None:
+    keep_footprints(compiled("core", folder))
+
+
+@pytest.mark.parametrize("declared", ["999", "1151", ""])
+def test_a_wrong_footprint_is_seen(declared: str) -> None:
+    found = row(shared_bytes="1000", footprint_bytes="1150")
+    keep_footprints([found])
+    with pytest.raises((AssertionError, ValueError), match=declared or "invalid literal"):
+        keep_footprints([found | {"footprint_bytes": declared}])
+
+
 def test_core_is_as_kept(folder: Path) -> None:
     compare(compiled("core", folder))
 
@@ -191,6 +212,11 @@ def test_core_is_as_kept(folder: Path) -> None:
 @pytest.mark.sweep
 def test_all_keep_the_promises(folder: Path) -> None:
     keep_promises(compiled("all", folder))
+
+
+@pytest.mark.sweep
+def test_all_declare_their_shared_memory(folder: Path) -> None:
+    keep_footprints(compiled("all", folder))
 
 
 @pytest.mark.sweep

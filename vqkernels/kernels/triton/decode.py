@@ -102,7 +102,7 @@ def sum_entries(
 
 @triton.jit
 def load_x(x, token, cell, M, COLUMNS, K, LENGTH: tl.constexpr, ALONG_IN: tl.constexpr):
-    """What a tile of cells multiplies, fp32: `[TOKENS, 1, TILE_CELLS, LENGTH]`.
+    """What a tile of cells multiplies, fp32: `[TOKENS, TILE_CELLS, LENGTH]`.
 
     Along out a cell has one x: the last axis is 1.
     """
@@ -112,4 +112,4 @@ def load_x(x, token, cell, M, COLUMNS, K, LENGTH: tl.constexpr, ALONG_IN: tl.con
         at = start + cell[None, :, None] * LENGTH + tl.arange(0, LENGTH)[None, None, :]
     else:
         at = start + cell[None, :, None]
-    return tl.load(x + at, mask=inside, other=0.0).to(tl.float32)[:, None]
+    return tl.load(x + at, mask=inside, other=0.0).to(tl.float32)

@@ -20,7 +20,7 @@ from vqkernels.kernel import Footprint, Kernel, Packed, Run
 from vqkernels.kernels.linear import books_bytes, core_shape, sides_bytes, surround
 from vqkernels.kernels.triton import gemv, layout
 from vqkernels.kernels.triton.decode import sum_entries
-from vqkernels.kernels.triton.program import Program, pointer_dtypes
+from vqkernels.kernels.triton.program import Program, pointer_dtypes, shared_bytes
 from vqkernels.parts import code_grid
 from vqkernels.problem import Problem
 from vqkernels.space import Config, Param, Space
@@ -75,7 +75,8 @@ def footprint(config: Config, problem: Problem, device: Device) -> Footprint:
     dense = rows * columns * spec.vector_length
     width_x, width_y = core_shape(spec, problem.n, problem.k)
     workspace = dense * problem.torch_dtype.itemsize + 8 * problem.m * (width_x + width_y)
-    return Footprint(weight, workspace, problem.flops + dense * (len(spec.stages) - 1))
+    flops = problem.flops + dense * (len(spec.stages) - 1)
+    return Footprint(weight, workspace, flops, shared_bytes(programs(config, problem), device))
 
 
 def programs(config: Config, problem: Problem) -> tuple[Program, ...]:

@@ -23,13 +23,30 @@ from vqkernels.kernel import Footprint, Packed, Run
 from vqkernels.kernels.linear import books_bytes, core_shape, sides_bytes, surround
 from vqkernels.kernels.triton import layout
 from vqkernels.kernels.triton.decode import first_entry, load_entries, load_x, sum_entries
-from vqkernels.kernels.triton.program import Program, pointer_dtypes
+from vqkernels.kernels.triton.program import Program, pointer_dtypes, shared_bytes
 from vqkernels.parts import code_grid
 from vqkernels.problem import Problem
 from vqkernels.space import Config, Constraint
 from vqkernels.tensor import QuantizedTensor
 
-Compile = Callable[[Config, Problem, Device], Run]
+Programs = Callable[[Config, Problem], tuple[Program, ...]]
+
+
+@triton.jit
+def store_sums(
+    sums, out, rows, token, M, WIDTH, ROWS, LENGTH: tl.constexpr, ALONG_IN: tl.constexpr,
+):  # fmt: skip
+    """Store the span's y: `sums: [TOKENS, TILE_ROWS, TILE_CELLS, LENGTH]` over cells."""
+    at = (tl.program_id(2) * M + token).to(tl.int64) * WIDTH
+    if ALONG_IN:
+        y = tl.sum(tl.sum(sums, 3), 2)
+        inside = (token < M)[:, None] & (rows < ROWS)[None, :]
+        tl.store(out + at[:, None] + rows[None, :], y, mask=inside)
+    else:
+        y = tl.sum(sums, 2)
+        output = rows[None, :, None] * LENGTH + tl.arange(0, LENGTH)[None, None, :]
+        inside = (token < M)[:, None, None] & (rows < ROWS)[None, :, None]
+        tl.store(out + at[:, None, None] + output, y, mask=inside)
 
 
 @triton.jit
@@ -57,8 +74,11 @@ def gemv(
                 codes, books, row_sets, column_sets, row, cell, ROWS, COLUMNS, WORDS,
                 LAYOUT, BITS, ENTRIES, LENGTH, ROW_SETS, COLUMN_SETS,
             )  # fmt: skip
-            sums += weight[None] * values
+            # not weight[None], whose layout sends the tile through shared memory: 1 KB, not 4
+            sums += tl.reshape(weight, (1, TILE_ROWS, TILE_CELLS, LENGTH)) * values[:, None]
         else:
+            # x is used once a stage, and kept as the sums are laid out
+            values = tl.reshape(values, (TOKENS, 1, TILE_CELLS, LENGTH if ALONG_IN else 1))
             inside = (row < ROWS) & (cell < COLUMNS)
             base = first_entry(
                 row, cell, inside, row_sets, column_sets, ENTRIES, ROW_SETS, COLUMN_SETS
@@ -68,17 +88,8 @@ def gemv(
                     codes, books, base, row, cell, inside, stage, ROWS, COLUMNS, WORDS,
                     LAYOUT, BITS, ENTRIES, LENGTH,
                 ).to(tl.float32)  # fmt: skip
-                sums += weight[None] * values
-    at = (tl.program_id(2) * M + token).to(tl.int64) * WIDTH
-    if ALONG_IN:
-        y = tl.sum(tl.sum(sums, 3), 2)
-        inside_out = (token < M)[:, None] & (rows < ROWS)[None, :]
-        tl.store(out + at[:, None] + rows[None, :], y, mask=inside_out)
-    else:
-        y = tl.sum(sums, 2)
-        element = rows[None, :, None] * LENGTH + tl.arange(0, LENGTH)[None, None, :]
-        inside_out = (token < M)[:, None, None] & (rows < ROWS)[None, :, None]
-        tl.store(out + at[:, None, None] + element, y, mask=inside_out)
+                sums += tl.reshape(weight, (1, TILE_ROWS, TILE_CELLS, LENGTH)) * values
+    store_sums(sums, out, rows, token, M, WIDTH, ROWS, LENGTH, ALONG_IN)
 
 
 # Sums are fp32 registers: 64 a thread leave room for codes, entries and x within 255.
@@ -154,23 +165,29 @@ def program(config: Config, problem: Problem, *, fused: bool) -> Program:
     )
 
 
-def footprint(config: Config, problem: Problem, device: Device) -> Footprint:
-    """Codes, codebooks and sides; partial sums of the spans."""
-    weight = layout.codes_bytes(problem, config.text("layout")) + sides_bytes(problem)
-    rows, columns = code_grid(problem.spec, problem.n, problem.k)
-    weight += books_bytes(problem) + 4 * (rows + columns)
-    width_x, width_y = core_shape(problem.spec, problem.n, problem.k)
-    parts = spans(config, problem)
-    workspace = 4 * problem.m * (2 * width_x + (2 + (parts if parts > 1 else 0)) * width_y)
-    return Footprint(weight, workspace, problem.flops)
-
-
 def pack(tensor: QuantizedTensor, config: Config, problem: Problem) -> Packed:
     """Codes in the config's layout."""
     return Packed(layout.arrays(tensor, config.text("layout"), problem))
 
 
-def compiler(programs: Callable[[Config, Problem], tuple[Program, ...]]) -> Compile:
+def footprinter(programs: Programs) -> Callable[[Config, Problem, Device], Footprint]:
+    """The `footprint` of a kernel file, from its one program."""
+
+    def footprint(config: Config, problem: Problem, device: Device) -> Footprint:
+        """Codes, codebooks and sides; partial sums of the spans."""
+        (product,) = programs(config, problem)
+        weight = layout.codes_bytes(problem, config.text("layout")) + sides_bytes(problem)
+        rows, columns = code_grid(problem.spec, problem.n, problem.k)
+        weight += books_bytes(problem) + 4 * (rows + columns)
+        width_x, width_y = core_shape(problem.spec, problem.n, problem.k)
+        parts = product.grid[2]
+        workspace = 4 * problem.m * (2 * width_x + (2 + (parts if parts > 1 else 0)) * width_y)
+        return Footprint(weight, workspace, problem.flops, shared_bytes((product,), device))
+
+    return footprint
+
+
+def compiler(programs: Programs) -> Callable[[Config, Problem, Device], Run]:
     """The `compile` of a kernel file, from its one program."""
 
     def compile(config: Config, problem: Problem, device: Device) -> Run:

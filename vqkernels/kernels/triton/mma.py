@@ -159,9 +159,7 @@ KERNEL = Kernel(
     space=SPACE,
     supports=supports,
     default=default,
-    footprint=lambda config, problem, device: gemv.footprint(
-        _tiled(config, problem), problem, device
-    ),
+    footprint=gemv.footprinter(programs),
     pack=gemv.pack,
     compile=gemv.compiler(programs),
     programs=programs,

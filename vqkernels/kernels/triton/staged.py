@@ -20,6 +20,7 @@ from vqkernels.device import Device
 from vqkernels.kernel import Kernel
 from vqkernels.kernels.triton import gemv, layout
 from vqkernels.kernels.triton.decode import load_code, load_x, sum_first
+from vqkernels.kernels.triton.gemv import store_sums
 from vqkernels.kernels.triton.program import Program
 from vqkernels.problem import Problem
 from vqkernels.space import Config, Param, Space
@@ -68,17 +69,8 @@ def staged(
             index = tl.broadcast_to(code, (TILE_ROWS * TILE_CELLS, LENGTH))
             weight = tl.reshape(tl.gather(book, index, 0), (TILE_ROWS, TILE_CELLS, LENGTH))
             values = load_x(x, token, cells, M, last, K, LENGTH, ALONG_IN)
-            sums += weight.to(tl.float32)[None] * values
-    at = (tl.program_id(2) * M + token).to(tl.int64) * WIDTH
-    if ALONG_IN:
-        y = tl.sum(tl.sum(sums, 3), 2)
-        inside_out = (token < M)[:, None] & (rows < ROWS)[None, :]
-        tl.store(out + at[:, None] + rows[None, :], y, mask=inside_out)
-    else:
-        y = tl.sum(sums, 2)
-        at_y = rows[None, :, None] * LENGTH + element[None, None, :]
-        inside_y = (token < M)[:, None, None] & (rows < ROWS)[None, :, None]
-        tl.store(out + at[:, None, None] + at_y, y, mask=inside_y)
+            sums += weight.to(tl.float32)[None] * values[:, None]
+    store_sums(sums, out, rows, token, M, WIDTH, ROWS, LENGTH, ALONG_IN)
 
 
 def _padded(problem: Problem) -> int:
@@ -127,7 +119,7 @@ KERNEL = Kernel(
     space=SPACE,
     supports=supports,
     default=default,
-    footprint=gemv.footprint,
+    footprint=gemv.footprinter(programs),
     pack=gemv.pack,
     compile=gemv.compiler(programs),
     programs=programs,

@@ -100,7 +100,9 @@ def product(
 ):  # fmt: skip
     """Entries `[rows, loads, length]` times the x of one token: summed along in, each along out."""
     values = load_x(x, token + tl.arange(0, 1), cells, M, last, K, LENGTH, ALONG_IN)
-    values = tl.reshape(values, (1, values.shape[2], values.shape[3]))
+    # an axis more and off again leaves Triton its choice of layout: as loaded, 16 elements of pq-m8
+    # go through 4 KB of shared memory, not 512 bytes
+    values = tl.reshape(values[:, None], (1, values.shape[1], values.shape[2]))
     if ALONG_IN:
         share = tl.sum(weight * values, 2, keep_dims=True)
     else:
@@ -221,7 +223,7 @@ KERNEL = Kernel(
     space=SPACE,
     supports=supports,
     default=default,
-    footprint=gemv.footprint,
+    footprint=gemv.footprinter(programs),
     pack=gemv.pack,
     compile=gemv.compiler(programs),
     programs=programs,
