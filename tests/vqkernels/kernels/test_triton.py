@@ -15,7 +15,7 @@ import torch
 from tests.interpreter import DEVICE, interpreted_kernels
 from vqkernels import oracle
 from vqkernels.kernel import Kernel, Packed
-from vqkernels.kernels.triton.layout import LAYOUTS
+from vqkernels.kernels.layout import LAYOUTS
 from vqkernels.presets import PRESETS
 from vqkernels.problem import Dtype, Problem
 from vqkernels.space import Config, Value

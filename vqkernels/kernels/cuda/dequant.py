@@ -12,11 +12,11 @@ from torch import Tensor
 
 from vqkernels.device import Device
 from vqkernels.kernel import Footprint, Kernel, Packed, Run
+from vqkernels.kernels import layout
 from vqkernels.kernels.cuda import product
 from vqkernels.kernels.cuda.driver import Launcher
 from vqkernels.kernels.cuda.program import Program
 from vqkernels.kernels.linear import core_shape, surround
-from vqkernels.kernels.triton import layout
 from vqkernels.parts import code_grid
 from vqkernels.problem import Problem
 from vqkernels.space import Config, Param, Space

@@ -9,10 +9,10 @@ from torch import Tensor
 
 from vqkernels.device import Device
 from vqkernels.kernel import Footprint, Packed, Run
+from vqkernels.kernels import layout
 from vqkernels.kernels.cuda.driver import Launcher
 from vqkernels.kernels.cuda.program import Program
 from vqkernels.kernels.linear import books_bytes, core_shape, set_axes, sides_bytes, surround
-from vqkernels.kernels.triton import layout
 from vqkernels.parts import code_grid, codebook_sets
 from vqkernels.problem import Problem
 from vqkernels.space import Config

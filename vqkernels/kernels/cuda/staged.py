@@ -10,9 +10,9 @@ from __future__ import annotations
 
 from vqkernels.device import Device
 from vqkernels.kernel import Footprint, Kernel
+from vqkernels.kernels import layout
 from vqkernels.kernels.cuda import product, sweep
 from vqkernels.kernels.cuda.program import Program
-from vqkernels.kernels.triton import layout
 from vqkernels.problem import Problem
 from vqkernels.space import Config, Constraint, Param, Space
 

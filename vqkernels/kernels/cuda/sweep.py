@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from vqkernels.device import Device
+from vqkernels.kernels import layout
 from vqkernels.kernels.cuda import product
 from vqkernels.kernels.cuda.program import Program
-from vqkernels.kernels.triton import layout
 from vqkernels.parts import code_grid
 from vqkernels.problem import Problem
 from vqkernels.space import Config, Constraint, Param

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from vqkernels.device import Device
 from vqkernels.kernel import Footprint, Kernel, Packed
+from vqkernels.kernels import layout
 from vqkernels.kernels.cuda import product, sweep
 from vqkernels.kernels.cuda.program import Program
-from vqkernels.kernels.triton import layout
 from vqkernels.problem import Problem
 from vqkernels.space import Config, Param, Space
 from vqkernels.tensor import QuantizedTensor

@@ -69,4 +69,5 @@ KERNEL = Kernel(
     about="decoded once, then the BLAS: the baseline",
     reads="dense",
     rounds_weights=True,
+    packs_anywhere=True,
 )

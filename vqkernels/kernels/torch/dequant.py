@@ -70,10 +70,14 @@ def compile(config: Config, problem: Problem, device: Device) -> Run:
         index = packed["index"].view(-1, stages)
         vectors = embedding_bag(index, packed["books"], mode="sum")
         if along_in:
-            torch.mm(x, vectors.view(rows, columns * length).T, out=out)
+            dense = vectors.view(rows, columns * length).T
         else:
             cells = vectors.view(rows, columns, length)
-            torch.mm(x, cells.transpose(0, 1).reshape(columns, rows * length), out=out)
+            dense = cells.transpose(0, 1).reshape(columns, rows * length)
+        if out.dtype == x.dtype:
+            torch.mm(x, dense, out=out)
+        else:  # y goes further in fp32; the BLAS gives x's dtype
+            out.copy_(x @ dense)
 
     return surround(core, problem)
 
@@ -90,4 +94,5 @@ KERNEL = Kernel(
     compile=compile,
     about="decode the whole weight with one gather, then the BLAS",
     rounds_weights=True,
+    packs_anywhere=True,
 )

@@ -23,9 +23,9 @@ def unsupported_activations(problem: Problem, device: Device) -> str | None:
 def entry_index(tensor: QuantizedTensor) -> Tensor:
     """Row of each code in the flattened `pack_books`: int32 `[rows, columns, stages]`."""
     spec = tensor.spec
-    starts = torch.tensor([0, *spec.stages[:-1]]).cumsum(0)
-    index = tensor.parts["codes"].long() + starts
-    sets = pack_sets(tensor)
+    codes = tensor.parts["codes"].long()
+    index = codes + torch.tensor([0, *spec.stages[:-1]], device=codes.device).cumsum(0)
+    sets = {name: numbers.to(codes.device) for name, numbers in pack_sets(tensor).items()}
     if "row_sets" in sets:
         index += sets["row_sets"][:, None, None] * sum(spec.stages)
     if "column_sets" in sets:

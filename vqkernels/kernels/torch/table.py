@@ -1,6 +1,6 @@
 """table: dot products of x with every entry by one einsum, then one gather-and-sum a row.
 
-The plain torch form of the table method: `table: [columns, stages, entries, m]` in one product,
+The plain torch form of the table method: `table: [columns, stages, entries, m]` in one fp32 product,
 then `embedding_bag` adds a row's looked-up words for all tokens at once. Codes are kept as int32
 rows of the table, 4 bytes a code.
 """
@@ -61,12 +61,11 @@ def footprint(config: Config, problem: Problem, device: Device) -> Footprint:
 def pack(tensor: QuantizedTensor, config: Config, problem: Problem) -> Packed:
     """int32 rows of the table `[columns * entries of all stages]`."""
     spec = tensor.spec
-    starts = torch.tensor([0, *spec.stages[:-1]]).cumsum(0)
-    codes = tensor.parts["codes"]
-    first = torch.arange(codes.shape[1])[:, None] * sum(spec.stages) + starts
-    index = (codes.long() + first).int().flatten(1)
-    books = pack_books(tensor)[0].to(problem.torch_dtype)
-    return Packed({"index": index, "books": books} | pack_sides(tensor))
+    codes = tensor.parts["codes"].long()
+    starts = torch.tensor([0, *spec.stages[:-1]], device=codes.device).cumsum(0)
+    columns = torch.arange(codes.shape[1], device=codes.device)
+    index = (codes + columns[:, None] * sum(spec.stages) + starts).int().flatten(1)
+    return Packed({"index": index, "books": pack_books(tensor)[0]} | pack_sides(tensor))
 
 
 def compile(config: Config, problem: Problem, device: Device) -> Run:
@@ -75,7 +74,7 @@ def compile(config: Config, problem: Problem, device: Device) -> Run:
 
     def core(packed: Packed, x: Tensor, out: Tensor) -> None:
         m = x.shape[0]
-        x_cells = x.view(m, -1, length).permute(1, 2, 0)
+        x_cells = x.float().view(m, -1, length).permute(1, 2, 0)
         table = torch.matmul(packed["books"], x_cells)
         out.copy_(embedding_bag(packed["index"], table.view(-1, m), mode="sum").T)
 
@@ -93,4 +92,5 @@ KERNEL = Kernel(
     pack=pack,
     compile=compile,
     about="dot-product tables by a batched product, summed by embedding_bag",
+    packs_anywhere=True,
 )

@@ -3,11 +3,7 @@
 A tile is `[TILE_ROWS, TILE_CELLS, LENGTH]`: rows of codes, cells along the columns of codes, and
 the elements of a vector. Lanes outside the grid of codes read code 0 and meet an x of 0.
 
-Code layouts (`LAYOUT`), all from `pack_codes` in this file's host half, `layout`:
-    cells     [rows, columns, stages]       as stored: the stages of a cell side by side
-    planes    [stages, rows, columns]       a stage's codes of a row side by side: wide loads
-    columns   [stages, columns, rows]       a stage's codes of a column side by side
-    packed    [rows, words]                 a bitstream a row: no bit more than the format's
+Codes in any of `LAYOUTS` of vqkernels/kernels/layout.py.
 """
 
 # mypy: ignore-errors

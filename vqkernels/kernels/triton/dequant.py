@@ -17,8 +17,9 @@ from torch import Tensor
 
 from vqkernels.device import Device
 from vqkernels.kernel import Footprint, Kernel, Packed, Run
+from vqkernels.kernels import layout
 from vqkernels.kernels.linear import books_bytes, core_shape, sides_bytes, surround
-from vqkernels.kernels.triton import gemv, layout
+from vqkernels.kernels.triton import gemv, traits
 from vqkernels.kernels.triton.decode import sum_entries
 from vqkernels.kernels.triton.program import Program, pointer_dtypes, shared_bytes
 from vqkernels.parts import code_grid
@@ -58,7 +59,7 @@ def dequant(
 
 def supports(problem: Problem, device: Device) -> str | None:
     """Up to four stages of vectors that are a power of two long."""
-    return layout.unsupported(problem, device)
+    return traits.unsupported(problem, device)
 
 
 def default(problem: Problem, device: Device) -> Config:
@@ -96,7 +97,7 @@ def programs(config: Config, problem: Problem) -> tuple[Program, ...]:
             ),
             numbers={name: sizes[name] for name in ("ROWS", "COLUMNS", "WORDS")},
             constants={
-                **layout.constants(problem, code_layout),
+                **traits.constants(problem, code_layout),
                 "TILE_ROWS": tile_rows,
                 "TILE_CELLS": tile_cells,
             },

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from vqkernels.device import Device
 from vqkernels.kernel import Kernel
-from vqkernels.kernels.triton import gemv, layout
+from vqkernels.kernels import layout
+from vqkernels.kernels.triton import gemv, traits
 from vqkernels.kernels.triton.program import Program
 from vqkernels.problem import Problem
 from vqkernels.space import Config, Param, Space
@@ -30,7 +31,7 @@ def supports(problem: Problem, device: Device) -> str | None:
     """Two to four stages of vectors that are a power of two long."""
     if len(problem.spec.stages) == 1:
         return "one stage leaves nothing to fuse; triton/vectorized is the same loop"
-    return layout.unsupported(problem, device)
+    return traits.unsupported(problem, device)
 
 
 def default(problem: Problem, device: Device) -> Config:

@@ -20,8 +20,9 @@ from torch import Tensor
 
 from vqkernels.device import Device
 from vqkernels.kernel import Footprint, Packed, Run
+from vqkernels.kernels import layout
 from vqkernels.kernels.linear import books_bytes, core_shape, sides_bytes, surround
-from vqkernels.kernels.triton import layout
+from vqkernels.kernels.triton import traits
 from vqkernels.kernels.triton.decode import first_entry, load_entries, load_x, sum_entries
 from vqkernels.kernels.triton.program import Program, pointer_dtypes, shared_bytes
 from vqkernels.parts import code_grid
@@ -154,7 +155,7 @@ def program(config: Config, problem: Problem, *, fused: bool) -> Program:
         ),
         numbers={**sizes, "K": width_x, "WIDTH": width_y, "SPAN": span_cells(config, problem)},
         constants={
-            **layout.constants(problem, code_layout),
+            **traits.constants(problem, code_layout),
             "FUSED": fused,
             "TOKENS": tokens,
             "TILE_ROWS": tile_rows,

@@ -17,7 +17,8 @@ import triton.language as tl
 
 from vqkernels.device import Device
 from vqkernels.kernel import Kernel
-from vqkernels.kernels.triton import gemv, layout
+from vqkernels.kernels import layout
+from vqkernels.kernels.triton import gemv, traits
 from vqkernels.kernels.triton.decode import first_entry, load_entries, sum_entries
 from vqkernels.kernels.triton.program import Program
 from vqkernels.problem import Problem
@@ -114,7 +115,7 @@ def supports(problem: Problem, device: Device) -> str | None:
     """Half-precision activations, up to four stages."""
     if problem.dtype == "float32":
         return "float32 activations: tensor cores would round them to tf32"
-    return layout.unsupported(problem, device)
+    return traits.unsupported(problem, device)
 
 
 def default(problem: Problem, device: Device) -> Config:

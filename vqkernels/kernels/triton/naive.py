@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from vqkernels.device import Device
 from vqkernels.kernel import Kernel
-from vqkernels.kernels.triton import gemv, layout
+from vqkernels.kernels.triton import gemv, traits
 from vqkernels.kernels.triton.program import Program
 from vqkernels.problem import Problem
 from vqkernels.space import Config, Param, Space
@@ -27,7 +27,7 @@ SPACE = Space(
 
 def supports(problem: Problem, device: Device) -> str | None:
     """Up to four stages of vectors that are a power of two long."""
-    return layout.unsupported(problem, device)
+    return traits.unsupported(problem, device)
 
 
 def default(problem: Problem, device: Device) -> Config:

@@ -10,15 +10,25 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 import triton
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from vqkernels.device import Device
-from vqkernels.kernels.triton.layout import triton_dtype
 
 __all__ = ["Program", "pointer_dtypes", "shared_bytes"]
+
+# Triton's names of torch's dtypes.
+_DTYPES = {
+    torch.float32: "fp32",
+    torch.float16: "fp16",
+    torch.bfloat16: "bf16",
+    torch.uint8: "u8",
+    torch.uint16: "u16",
+    torch.int32: "i32",
+}
 
 # Found by `Program.shared_bytes`. A shape shows only in which sizes are 1 or divide by 16, so the
 # layers of a model share theirs.
@@ -145,4 +155,4 @@ def _allocate(source: Any, target: GPUTarget, options: Mapping[str, int]) -> int
 
 def pointer_dtypes(**tensors: Any) -> dict[str, str]:
     """`pointers` of a Program from torch dtypes."""
-    return {name: triton_dtype(dtype) for name, dtype in tensors.items()}
+    return {name: _DTYPES[dtype] for name, dtype in tensors.items()}

@@ -18,7 +18,8 @@ import triton.language as tl
 
 from vqkernels.device import Device
 from vqkernels.kernel import Kernel
-from vqkernels.kernels.triton import gemv, layout
+from vqkernels.kernels import layout
+from vqkernels.kernels.triton import gemv, traits
 from vqkernels.kernels.triton.decode import load_code, load_x, sum_first
 from vqkernels.kernels.triton.gemv import store_sums
 from vqkernels.kernels.triton.program import Program
@@ -87,7 +88,7 @@ def supports(problem: Problem, device: Device) -> str | None:
             f"{spec.max_entries:,} entries of {spec.vector_length}: more than the {MOST_VALUES:,} "
             f"values that triton/staged holds on chip"
         )
-    return layout.unsupported(problem, device)
+    return traits.unsupported(problem, device)
 
 
 def default(problem: Problem, device: Device) -> Config:

@@ -17,7 +17,8 @@ import triton.language as tl
 
 from vqkernels.device import Device
 from vqkernels.kernel import Kernel
-from vqkernels.kernels.triton import gemv, layout
+from vqkernels.kernels import layout
+from vqkernels.kernels.triton import gemv, traits
 from vqkernels.kernels.triton.decode import first_entry, load_x, sum_first
 from vqkernels.kernels.triton.program import Program
 from vqkernels.parts import code_grid
@@ -179,7 +180,7 @@ def vectorized(
 
 def supports(problem: Problem, device: Device) -> str | None:
     """Up to four stages of vectors that are a power of two long."""
-    return layout.unsupported(problem, device)
+    return traits.unsupported(problem, device)
 
 
 def default(problem: Problem, device: Device) -> Config:

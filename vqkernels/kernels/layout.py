@@ -1,4 +1,4 @@
-"""The host half of the Triton kernels: weights laid out, and what every kernel asks alike."""
+"""Codes and codebooks as GPU kernels read them: the layouts, their dtypes and sizes."""
 
 from __future__ import annotations
 
@@ -6,8 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from vqkernels.device import Device
-from vqkernels.kernels.linear import pack_books, pack_sets, pack_sides, set_axes
+from vqkernels.kernels.linear import pack_books, pack_sets, pack_sides
 from vqkernels.packing import pack_codes, packed_words
 from vqkernels.parts import code_grid
 from vqkernels.problem import Problem
@@ -20,42 +19,17 @@ __all__ = [
     "code_bits",
     "code_dtype",
     "codes_bytes",
-    "constants",
     "numbers",
     "row_words",
-    "triton_dtype",
-    "unsupported",
 ]
 
-LAYOUTS = ("cells", "planes", "columns", "packed")  # what `decode` reads; `words`: `vectorized`
-
-_NAMES = {
-    torch.float32: "fp32",
-    torch.float16: "fp16",
-    torch.bfloat16: "bf16",
-    torch.uint8: "u8",
-    torch.int16: "i16",
-    torch.uint16: "u16",
-    torch.int32: "i32",
-    torch.int64: "i64",
-}
-
-
-def triton_dtype(dtype: torch.dtype) -> str:
-    """Triton's name of a torch dtype."""
-    return _NAMES[dtype]
-
-
-def unsupported(problem: Problem, device: Device) -> str | None:
-    """The sentence that rules out what no Triton kernel takes, or None."""
-    length, stages = problem.spec.vector_length, len(problem.spec.stages)
-    if device.kind != "cuda":
-        return f"Triton kernels run on a GPU, not on {device.name}"
-    if length not in (4, 8, 16, 32):
-        return f"vectors of {length}: Triton's tiles take 4, 8, 16 or 32"
-    if stages > 4:
-        return f"{stages} stages: the kernels unroll up to 4"
-    return None
+# Order of the codes, what a kernel can read one by one:
+#   cells     [rows, columns, stages]   as stored: the stages of a cell side by side
+#   planes    [stages, rows, columns]   a stage's codes of a row side by side: wide loads
+#   columns   [stages, columns, rows]   a stage's codes of a column side by side
+#   packed    [rows, words]             a bitstream a row: no bit more than the format's
+# and, read by the word, `words` [stages, rows, words]: planes with rows padded to 16 bytes.
+LAYOUTS = ("cells", "planes", "columns", "packed")
 
 
 def code_bits(problem: Problem) -> int:
@@ -112,21 +86,6 @@ def arrays(tensor: QuantizedTensor, layout: str, problem: Problem) -> dict[str, 
     sets = {name: values.int() for name, values in pack_sets(tensor).items()}
     books = pack_books(tensor).to(books_dtype(problem))
     return {"codes": packed, "books": books} | sets | pack_sides(tensor)
-
-
-def constants(problem: Problem, layout: str) -> dict[str, object]:
-    """The spec as constants of a kernel."""
-    spec = problem.spec
-    row_sets, column_sets = set_axes(spec)
-    return {
-        "LAYOUT": layout,
-        "BITS": spec.code_bits,
-        "ENTRIES": spec.stages,
-        "LENGTH": spec.vector_length,
-        "ROW_SETS": row_sets,
-        "COLUMN_SETS": column_sets,
-        "ALONG_IN": spec.vector_axis == "in",
-    }
 
 
 def numbers(problem: Problem) -> dict[str, int]:
