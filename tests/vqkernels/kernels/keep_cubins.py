@@ -1,4 +1,4 @@
-"""What the Triton kernels compile to, as kept in cubins.csv and compared by test_triton_cubins.py.
+"""What the GPU kernels compile to, as kept in cubins.csv and compared by test_cubins.py.
 
     python -m tests.vqkernels.kernels.keep_cubins                  rewrite the table
     python -m tests.vqkernels.kernels.keep_cubins --print core     rows as JSON; or: all
@@ -41,6 +41,11 @@ COMPARED_ONLY = ("footprint_bytes",)  # with its own row, so the table needs no 
 KEY = ("kernel", "format", "m", "arch", "config")
 
 
+def gpu_kernels() -> list[Kernel]:
+    """Every kernel that launches programs of its own."""
+    return [k for k in registry().kernels.values() if k.programs is not None]
+
+
 def tokens(kernel: Kernel) -> tuple[int, ...]:
     """The m that a kernel's default is kept for: what it is meant for."""
     return (16, 64) if kernel.name == "mma" else (1,)
@@ -52,7 +57,7 @@ def problem(name: str, m: int) -> Problem:
 
 def cases(scope: str) -> Iterator[Case]:
     """Defaults, and for `all` a seeded sample of each space."""
-    kernels = [k for k in registry().kernels.values() if k.backend == "triton"]
+    kernels = gpu_kernels()
     for kernel, name, arch in itertools.product(kernels, FORMATS, ARCHS):
         for m in tokens(kernel):
             asked, device = problem(name, m), stand_in(arch)

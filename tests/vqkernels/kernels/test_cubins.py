@@ -1,4 +1,4 @@
-"""What the Triton kernels compile to, held to the kept table and to what they promise.
+"""What the GPU kernels compile to, held to the kept table and to what they promise.
 
 The table belongs to one version of the compilers: with others, rows are compiled and held to the
 promises, but not compared. `python -m tests.vqkernels.kernels.keep_cubins` rewrites it.
@@ -19,9 +19,9 @@ from autotune.inspection import ARCHS
 from tests.interpreter import compiling_environment
 from tests.vqkernels.kernels import keep_cubins
 from tests.vqkernels.kernels.keep_cubins import FORMATS, KEY
-from vqkernels.kernel import registry
 
 pytest.importorskip("triton", reason="Triton is not installed")
+pytest.importorskip("cuda.bindings", reason="CUDA's bindings are not installed")
 
 ROOT = Path(__file__).resolve().parents[3]
 Row = dict[str, Any]
@@ -35,7 +35,8 @@ def compiled(scope: str, folder: Path) -> list[Row]:
     done = subprocess.run(
         [sys.executable, "-m", "tests.vqkernels.kernels.keep_cubins", "--print", scope],
         cwd=ROOT,
-        env=compiling_environment() | {"TRITON_CACHE_DIR": str(folder)},
+        env=compiling_environment()
+        | {"TRITON_CACHE_DIR": str(folder), "VQBENCH_CACHE": str(folder)},
         capture_output=True,
         text=True,
         check=False,
@@ -47,7 +48,7 @@ def compiled(scope: str, folder: Path) -> list[Row]:
 
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("triton")
+    return tmp_path_factory.mktemp("compiled")
 
 
 def name(row: Row) -> str:
@@ -99,6 +100,11 @@ def keep_promises(rows: list[Row]) -> None:
         assert row["global_load_bytes"] == "16", name(row)
     for row in vectorized:
         assert "16" in row["global_load_bytes"].split(), name(row)
+    for row in defaults:
+        if row["kernel"] == "cuda/vectorized":
+            assert "16" in row["global_load_bytes"].split(), name(row)
+        if row["kernel"] == "cuda/staged":
+            assert row["shared_load_bytes"] == "16", name(row)
     mma = [row for row in rows if row["kernel"] == "triton/mma"]
     assert mma
     for row in mma:
@@ -120,7 +126,7 @@ def keep_footprints(rows: list[Row]) -> None:
 
 def test_table_has_every_kernel_format_and_architecture() -> None:
     rows = keep_cubins.read()
-    kernels = {n for n, kernel in registry().kernels.items() if kernel.backend == "triton"}
+    kernels = {kernel.id for kernel in keep_cubins.gpu_kernels()}
     assert {row["kernel"] for row in rows} == kernels
     assert {row["format"] for row in rows} == set(FORMATS)
     defaults = [row for row in rows if row["default"] == "yes"]

@@ -1,6 +1,6 @@
 """Shared memory that the Triton kernels declare: known before, and without, machine code.
 
-Against what is compiled: see test_triton_cubins.py.
+Against what is compiled: see test_cubins.py.
 """
 
 from __future__ import annotations
