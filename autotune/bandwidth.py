@@ -40,7 +40,6 @@ def measure_bandwidth(device: Device) -> Bandwidth:
     def read() -> None:
         torch.mv(matrix, x, out=y)
 
-    samples, _ = take_samples([read], device, budget, cold=True)
     moved = matrix.numel() * 4
-    ordered = sorted(samples)
+    ordered = sorted(take_samples([read], device, budget, cold=True).seconds)
     return Bandwidth(moved / ordered[len(ordered) // 2], moved / ordered[0], moved)

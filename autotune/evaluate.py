@@ -1,36 +1,34 @@
-"""Evaluate one kernel and config on one subject: compile, check against the oracle, then time.
+"""Evaluate a kernel and config on a subject: compile, check against the oracle, then time.
 
 Nothing is timed that has not passed, and the buffers that were timed are checked again after.
+Several products that run one after the other (the layers of a decoder block) are one call too:
+each is held to all of it, and they are timed together.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import functools
 import time
-from collections.abc import Callable
-from typing import TypeVar
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from autotune import memory
 from autotune.bandwidth import Bandwidth
-from autotune.measurement import Correctness, Measurement, Status, Timing
-from autotune.timers import Budget, cold_copies, take_samples
+from autotune.measurement import Correctness, Measurement, Status, Timer, Timing
+from autotune.subject import Buffer, Subject, make_subject
+from autotune.timers import Budget, capture, cold_copies, take_samples
 from vqkernels import oracle
-from vqkernels.device import Device
 from vqkernels.errors import VqError
 from vqkernels.kernel import Footprint, Kernel, Packed, Run
 from vqkernels.oracle import Check, Reference
-from vqkernels.problem import Problem
 from vqkernels.space import Config
-from vqkernels.tensor import QuantizedTensor
 
-__all__ = ["Subject", "evaluate", "make_subject"]
-
-# Out stands between guards of this many elements: a store past its end shows.
-_GUARD = 256
-_SENTINEL = 12345.0
+__all__ = ["Step", "Subject", "check", "evaluate", "evaluate_steps", "make_subject"]
 
 # Part of a weight may stay in the last-level cache between its turns (replacement isn't strict
 # LRU) and the bandwidth is itself measured: a time is impossible only clearly below the floor.
@@ -40,18 +38,12 @@ T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True)
-class Subject:
-    """A weight and two batches of tokens with their references: what every kernel is held to.
+class Step:
+    """One product of a call: a kernel on a subject, in a config (its default where None)."""
 
-    Two, so that consecutive timed calls never see the same x.
-    """
-
-    tensor: QuantizedTensor
-    problem: Problem
-    device: Device
-    xs: tuple[Tensor, Tensor]
-    references: tuple[Reference, Reference]
-    controls: dict[str, bool]
+    kernel: Kernel
+    subject: Subject
+    config: Config | None = None
 
 
 @dataclasses.dataclass
@@ -63,48 +55,27 @@ class _EndError(Exception):
 
 
 @dataclasses.dataclass(frozen=True)
-class _Buffer:
-    """An output between guards, poisoned with NaN."""
+class _Made:
+    """A step that is compiled and packed."""
 
-    whole: Tensor
-    out: Tensor
+    kernel: Kernel
+    subject: Subject
+    run: Run
+    packed: Packed
+    declared: Footprint
+    compile_s: float
 
-    @classmethod
-    def make(cls, problem: Problem, place: str) -> _Buffer:
-        size = problem.m * problem.n
-        whole = torch.full((size + 2 * _GUARD,), _SENTINEL, dtype=problem.torch_dtype, device=place)
-        out = whole[_GUARD : _GUARD + size].view(problem.m, problem.n)
-        out.fill_(float("nan"))
-        return cls(whole, out)
+    def call(self, x: Tensor, out: Tensor) -> None:
+        """Run to the end; what fails in any way is a status."""
 
-    def guards_hold(self) -> bool:
-        guards = torch.cat([self.whole[:_GUARD], self.whole[-_GUARD:]])
-        return bool((guards == torch.tensor(_SENTINEL, dtype=guards.dtype)).all())
+        def done() -> None:
+            self.run(self.packed, x, out)
+            _wait(self.subject.place)
 
+        _guarded(done, "runtime")
 
-def make_subject(
-    tensor: QuantizedTensor, m: int, device: Device, *, dtype: str = "float32", seed: int = 0
-) -> Subject:
-    """A subject with normal activations; x is rounded to `dtype` before the reference sees it."""
-    problem = Problem(
-        m=m,
-        n=tensor.n,
-        k=tensor.k,
-        spec=tensor.spec,
-        dtype=dtype,  # type: ignore[arg-type]  # Problem's Literal; the caller's choices are checked
-        bias=tensor.bias is not None,
-    )
-    generator = torch.Generator().manual_seed(seed)
-    both = torch.randn(2 * m, tensor.k, generator=generator).to(problem.torch_dtype)
-    expected = oracle.reference(tensor, both)
-    return Subject(
-        tensor=tensor,
-        problem=problem,
-        device=device,
-        xs=(both[:m].clone(), both[m:].clone()),
-        references=(expected.tokens(0, m), expected.tokens(m, 2 * m)),
-        controls=oracle.negative_controls(tensor, both[:m]),
-    )
+    def buffer(self) -> Buffer:
+        return Buffer.make(self.subject.problem, self.subject.place)
 
 
 def evaluate(
@@ -115,73 +86,110 @@ def evaluate(
     budget: Budget | None = None,
     bandwidth: Bandwidth | None = None,
     cold: bool = True,
+    timer: Timer | None = None,
 ) -> Measurement:
     """One attempt, whatever happens: a config that fails is a status, not an exception.
 
     config: the kernel's default where None. bandwidth: for the floor; no floor without it.
+    timer: the device's own where None.
     """
-    try:
-        return _attempt(kernel, subject, config, budget or Budget(), bandwidth, cold)
-    except _EndError as end:
-        return Measurement(status=end.status, reason=end.reason)
+    (measured,) = evaluate_steps(
+        [Step(kernel, subject, config)],
+        timers=(timer,),
+        budget=budget,
+        bandwidth=bandwidth,
+        cold=cold,
+    )
+    return measured
 
 
-def _attempt(
-    kernel: Kernel,
-    subject: Subject,
-    config: Config | None,
-    budget: Budget,
-    bandwidth: Bandwidth | None,
-    cold: bool,
-) -> Measurement:
-    problem = subject.problem
-    chosen, declared = _choose(kernel, subject, config)
-    run, packed, compile_s = _compile(kernel, subject, chosen)
+def check(kernel: Kernel, subject: Subject, config: Config | None = None) -> Measurement:
+    """As `evaluate`, but never timed, and held to what serving on a GPU asks for besides.
+
+    That is the same bits on every run, and a CUDA graph that can be captured and replayed.
+    """
+    with _current(subject):
+        try:
+            made = _make(Step(kernel, subject, config))
+            facts, _ = _facts([made])
+            _serves(made)
+        except _EndError as end:
+            return Measurement(status=end.status, reason=end.reason)
+    return facts
+
+
+def evaluate_steps(
+    steps: Sequence[Step],
+    *,
+    timers: Sequence[Timer | None],
+    budget: Budget | None = None,
+    bandwidth: Bandwidth | None = None,
+    cold: bool = True,
+) -> list[Measurement]:
+    """`steps` on one device, in order, as one call: a measurement for each of `timers`.
+
+    A call that is right but longer than the budget allows is a constraint with its correctness.
+    """
+    budget = budget or Budget()
+    with _current(steps[0].subject):
+        try:
+            made = [_make(step) for step in steps]
+            facts, seconds = _facts(made)
+        except _EndError as end:
+            return [Measurement(status=end.status, reason=end.reason)] * len(timers)
+        limit = budget.longest_call_s
+        if limit is not None and seconds > limit:
+            reason = f"right, but a call takes {seconds:.2g} s: none above {limit:g} s is timed"
+            return [dataclasses.replace(facts, status="constraint", reason=reason)] * len(timers)
+        return [_timed(made, facts, timer, budget, bandwidth, cold) for timer in timers]
+
+
+def _current(subject: Subject) -> contextlib.AbstractContextManager[Any]:
+    """The subject's GPU as torch's current one: kernels are launched there."""
+    on_gpu = subject.place != "cpu"
+    return torch.cuda.device(subject.device.index) if on_gpu else contextlib.nullcontext()
+
+
+def _make(step: Step) -> _Made:
+    """Compile and pack, once the config is known to fit the device."""
+    kernel, subject = step.kernel, step.subject
+    config, declared = _choose(step)
+
+    def build() -> tuple[Run, Packed]:
+        packed = kernel.pack(subject.source(kernel), config, subject.problem).to(subject.place)
+        return kernel.compile(config, subject.problem, subject.device), packed
+
+    start = time.perf_counter()
+    run, packed = _guarded(build, "compile")
+    took = time.perf_counter() - start
     if packed.nbytes > declared.weight_bytes:
         raise _EndError(
             "incorrect",
             f"packs {packed.nbytes:,} bytes but declares {declared.weight_bytes:,}",
         )
-    verdict = _check(kernel, run, packed, subject)
-    peak = _peak(run, packed, subject, declared)
-    samples, timing = _time(kernel, run, packed, subject, budget, cold)
-    moved = packed.nbytes + problem.activation_bytes
-    floor = packed.nbytes / (_FLOOR_MARGIN * bandwidth.best) if bandwidth and cold else None
-    if floor is not None and sorted(samples)[len(samples) // 2] < floor:
-        raise _EndError(
-            "incorrect", f"median below the floor of {floor * 1e6:.3g} us: it did not do the work"
-        )
-    return Measurement(
-        status="ok",
-        samples_s=tuple(samples),
-        timing=timing,
-        correctness=Correctness(
-            worst=verdict.worst,
-            max_abs=verdict.max_abs,
-            relative_rms=verdict.relative_rms,
-            controls=subject.controls,
-        ),
-        weight_bytes=packed.nbytes,
-        peak_bytes=peak,
-        moved_bytes=moved,
-        flops=declared.flops,
-        floor_s=floor,
-        compile_s=compile_s,
-    )
+    # a copy: what was packed may share memory with the subject, which other kernels are held to
+    return _Made(kernel, subject, run, packed.clone(), declared, took)
 
 
-def _choose(kernel: Kernel, subject: Subject, config: Config | None) -> tuple[Config, Footprint]:
-    problem, device = subject.problem, subject.device
+def _choose(step: Step) -> tuple[Config, Footprint]:
+    kernel, problem, device = step.kernel, step.subject.problem, step.subject.device
     if reason := _guarded(lambda: kernel.supports(problem, device), "compile"):
         raise _EndError("constraint", reason)
-    chosen = config
+    chosen = step.config
     if chosen is None:
         chosen = _guarded(lambda: kernel.default(problem, device), "compile")
     try:
         kernel.space.check(chosen)
     except VqError as error:
         raise _EndError("constraint", str(error)) from error
-    return chosen, _guarded(lambda: kernel.footprint(chosen, problem, device), "compile")
+    declared = _guarded(lambda: kernel.footprint(chosen, problem, device), "compile")
+    if device.shared_bytes is not None and declared.shared_bytes > device.shared_bytes:
+        raise _EndError(
+            "constraint",
+            f"needs {declared.shared_bytes:,} bytes of shared memory a block; "
+            f"{device.name} has {device.shared_bytes:,}",
+        )
+    return chosen, declared
 
 
 def _guarded(action: Callable[[], T], status: Status) -> T:
@@ -195,18 +203,9 @@ def _guarded(action: Callable[[], T], status: Status) -> T:
         raise _EndError(status, f"{type(error).__name__}: {first}") from error
 
 
-def _compile(kernel: Kernel, subject: Subject, config: Config) -> tuple[Run, Packed, float]:
-    problem, device = subject.problem, subject.device
-
-    def build() -> tuple[Run, Packed]:
-        packed = kernel.pack(subject.tensor, config, problem).to(device.torch_name)
-        return kernel.compile(config, problem, device), packed
-
-    start = time.perf_counter()
-    run, packed = _guarded(build, "compile")
-    took = time.perf_counter() - start
-    # a copy: what was packed may share memory with the subject, which other kernels are held to
-    return run, packed.clone(), took
+def _wait(place: str) -> None:
+    if place != "cpu":
+        torch.cuda.synchronize(place)
 
 
 def _same(one: Tensor, other: Tensor) -> bool:
@@ -214,30 +213,55 @@ def _same(one: Tensor, other: Tensor) -> bool:
     return torch.equal(one.flatten().view(torch.uint8), other.flatten().view(torch.uint8))
 
 
-def _check(kernel: Kernel, run: Run, packed: Packed, subject: Subject) -> Check:
+def _facts(made: Sequence[_Made]) -> tuple[Measurement, float]:
+    """Everything but samples, once each step has passed; and about how long a call takes."""
+    verdicts = [_check(one) for one in made]
+    peaks, seconds = zip(*(_peak(one) for one in made), strict=True)
+    names = {name for one in made for name in one.subject.controls}
+    facts = Measurement(
+        status="checked",
+        correctness=Correctness(
+            worst=max(verdict.worst for verdict in verdicts),
+            max_abs=max(verdict.max_abs for verdict in verdicts),
+            relative_rms=max(verdict.relative_rms for verdict in verdicts),
+            controls={
+                name: all(one.subject.controls.get(name, True) for one in made)
+                for name in sorted(names)
+            },
+        ),
+        weight_bytes=sum(one.packed.nbytes for one in made),
+        peak_bytes=None if None in peaks else max(peaks),
+        moved_bytes=sum(one.packed.nbytes + one.subject.problem.activation_bytes for one in made),
+        flops=sum(one.declared.flops for one in made),
+        compile_s=sum(one.compile_s for one in made),
+    )
+    return facts, sum(seconds)
+
+
+def _check(made: _Made) -> Check:
     """The worse verdict of both batches; inputs unchanged, guards whole."""
-    worst: Check | None = None
-    before = {name: array.clone() for name, array in packed.arrays.items()}
+    subject, worst = made.subject, None
+    before = {name: array.clone() for name, array in made.packed.arrays.items()}
     for x, expected in zip(subject.xs, subject.references, strict=True):
-        buffer = _Buffer.make(subject.problem, subject.device.torch_name)
-        here = x.to(subject.device.torch_name, copy=True)
-        _guarded(lambda x=here, out=buffer.out: run(packed, x, out), "runtime")  # type: ignore[misc]
-        if not _same(here.cpu(), x):
+        buffer, here = made.buffer(), x.clone()
+        made.call(here, buffer.out)
+        if not _same(here, x):
             raise _EndError("incorrect", "writes to its input x")
-        verdict = _verdict(kernel, subject.problem, buffer, expected)
+        verdict = _verdict(made, buffer, expected)
         worst = verdict if worst is None or verdict.worst > worst.worst else worst
-    if any(not _same(before[name], array) for name, array in packed.arrays.items()):
+    if any(not _same(before[name], array) for name, array in made.packed.arrays.items()):
         raise _EndError("incorrect", "writes to its packed weight")
     assert worst is not None, "a subject has two batches"
     return worst
 
 
-def _verdict(kernel: Kernel, problem: Problem, buffer: _Buffer, expected: Reference) -> Check:
+def _verdict(made: _Made, buffer: Buffer, expected: Reference) -> Check:
     if not buffer.guards_hold():
         raise _EndError("incorrect", "writes outside its output")
-    out = buffer.out.cpu()
-    rounded = problem.dtype if kernel.rounds_weights else problem.rounded_to
-    verdict = oracle.check(out, expected, weights=rounded)
+    kernel, problem = made.kernel, made.subject.problem
+    verdict = oracle.check(
+        buffer.out, expected, weights=kernel.rounds_to(problem), chain=kernel.half_chain
+    )
     if not verdict.passed:
         raise _EndError(
             "incorrect",
@@ -246,46 +270,114 @@ def _verdict(kernel: Kernel, problem: Problem, buffer: _Buffer, expected: Refere
     return verdict
 
 
-def _peak(run: Run, packed: Packed, subject: Subject, declared: Footprint) -> int | None:
-    """Bytes allocated beside weight, x and out while a call runs, held against the footprint."""
-    buffer = _Buffer.make(subject.problem, subject.device.torch_name)
-    x = subject.xs[0].to(subject.device.torch_name, copy=True)
-    peak = _guarded(
-        lambda: memory.peak_during(lambda: run(packed, x, buffer.out), subject.device), "runtime"
-    )
-    if peak is not None and peak > declared.workspace_bytes + memory.SLACK:
+def _peak(made: _Made) -> tuple[int | None, float]:
+    """Bytes allocated beside weight, x and out by a call, held against the footprint; its time."""
+    buffer, x = made.buffer(), made.subject.xs[0].clone()
+    seconds = 0.0
+
+    def call() -> None:
+        nonlocal seconds
+        start = time.perf_counter()
+        made.call(x, buffer.out)
+        seconds = time.perf_counter() - start
+
+    peak = memory.peak_during(call, made.subject.place)
+    declared = made.declared.workspace_bytes
+    if peak is not None and peak > declared + memory.SLACK:
         raise _EndError(
             "incorrect",
-            f"allocates {peak:,} bytes a call but declares {declared.workspace_bytes:,}: "
-            f"a hidden copy",
+            f"allocates {peak:,} bytes a call but declares {declared:,}: a hidden copy",
         )
-    return peak
+    return peak, seconds
+
+
+def _serves(made: _Made) -> None:
+    """End unless the kernel gives the same bits twice and, on a GPU, runs in a CUDA graph."""
+    subject = made.subject
+    x, first, again = subject.xs[0].clone(), made.buffer(), made.buffer()
+    made.call(x, first.out)
+    made.call(x, again.out)
+    if not _same(first.whole, again.whole):
+        raise _EndError("incorrect", "gives other bits for the same input")
+    if subject.place == "cpu":
+        return
+
+    def replayed() -> None:
+        graph = capture([lambda: made.run(made.packed, x, again.out)])
+        again.poison()
+        x.copy_(subject.xs[1])
+        graph.replay()
+        torch.cuda.synchronize()
+
+    try:
+        _guarded(replayed, "runtime")
+    except _EndError as end:
+        raise _EndError("runtime", f"in a CUDA graph: {end.reason}") from end
+    _verdict(made, again, subject.references[1])
+
+
+def _timed(
+    made: Sequence[_Made],
+    facts: Measurement,
+    timer: Timer | None,
+    budget: Budget,
+    bandwidth: Bandwidth | None,
+    cold: bool,
+) -> Measurement:
+    """`facts` with samples, or what went wrong while they were taken."""
+    try:
+        samples, timing = _time(made, timer, budget, cold)
+    except _EndError as end:
+        return Measurement(status=end.status, reason=end.reason)
+    weight = sum(one.packed.nbytes for one in made)
+    floor = weight / (_FLOOR_MARGIN * bandwidth.best) if bandwidth and cold else None
+    if floor is not None and sorted(samples)[len(samples) // 2] < floor:
+        reason = f"median below the floor of {floor * 1e6:.3g} us: it did not do the work"
+        return Measurement(status="incorrect", reason=reason)
+    return dataclasses.replace(
+        facts, status="ok", samples_s=tuple(samples), timing=timing, floor_s=floor
+    )
 
 
 def _time(
-    kernel: Kernel, run: Run, packed: Packed, subject: Subject, budget: Budget, cold: bool
+    made: Sequence[_Made], timer: Timer | None, budget: Budget, cold: bool
 ) -> tuple[list[float], Timing]:
-    device, place = subject.device, subject.device.torch_name
-    count = cold_copies(packed.nbytes, device) if cold else 1
-    copies = [packed.clone() for _ in range(count)]
-    xs = [x.to(place, copy=True) for x in subject.xs]
-    buffers = [_Buffer.make(subject.problem, place) for _ in xs]
-    # an even number of calls alternates the batches on every copy
-    calls = [
-        lambda weight=copies[turn % count], x=xs[turn % 2], out=buffers[turn % 2].out: run(
-            weight, x, out
-        )
-        for turn in range(count + count % 2)
-    ]
-    samples, timing = _guarded(lambda: take_samples(calls, device, budget, cold=cold), "runtime")
-    for buffer, expected in zip(buffers, subject.references, strict=True):
-        _verdict(kernel, subject.problem, buffer, expected)
-    # the same addresses with x exchanged: a kernel that stopped working, or that remembers
-    # outputs by address, leaves what was there
-    for x, other in zip(xs, reversed(subject.xs), strict=True):
+    device = made[0].subject.device
+    count = cold_copies(sum(one.packed.nbytes for one in made), device) if cold else 1
+    copies = [[one.packed.clone() for one in made] for _ in range(count)]
+    # both batches of each step
+    xs = [[one.subject.xs[turn].clone() for one in made] for turn in (0, 1)]
+    buffers = [[one.buffer() for one in made] for _ in xs]
+
+    def call(turn: int) -> None:
+        batch = turn % 2
+        for one, weight, x, buffer in zip(
+            made, copies[turn % count], xs[batch], buffers[batch], strict=True
+        ):
+            one.run(weight, x, buffer.out)
+
+    # every copy meets both batches, and no copy comes twice in a row
+    turns = range(count * (1 + count % 2))
+    calls = [functools.partial(call, turn) for turn in turns]
+
+    def judge(references: Callable[[Subject], Sequence[Reference]]) -> None:
+        for batch, row in enumerate(buffers):
+            for one, buffer in zip(made, row, strict=True):
+                _verdict(one, buffer, references(one.subject)[batch])
+
+    samples = _guarded(
+        lambda: take_samples(calls, device, budget, cold=cold, timer=timer), "runtime"
+    )
+    judge(lambda subject: subject.references)
+    # the same addresses with x exchanged and out poisoned: a kernel that stopped working, that
+    # remembers outputs by address, or a graph that holds nothing shows
+    for x, other in zip(xs[0], xs[1], strict=True):
+        kept = x.clone()
         x.copy_(other)
-    for call in calls[:2]:
-        _guarded(call, "runtime")
-    for buffer, expected in zip(buffers, reversed(subject.references), strict=True):
-        _verdict(kernel, subject.problem, buffer, expected)
-    return samples, dataclasses.replace(timing, copies=count)
+        other.copy_(kept)
+    for buffer in (buffer for row in buffers for buffer in row):
+        buffer.poison()
+    _guarded(samples.again, "runtime")
+    _guarded(lambda: _wait(made[0].subject.place), "runtime")
+    judge(lambda subject: subject.references[::-1])
+    return samples.seconds, dataclasses.replace(samples.timing, copies=count)

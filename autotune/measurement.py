@@ -10,7 +10,12 @@ import statistics
 from collections.abc import Mapping
 from typing import Any, Literal, get_args
 
-__all__ = ["Correctness", "Measurement", "Status", "Timing"]
+__all__ = ["Correctness", "Measurement", "Status", "Timer", "Timing"]
+
+# perf_counter: one call on a CPU. cuda_event: one call between two events, behind queued work.
+# cuda_graph: a call's share of a graph's replay, launches and gaps between kernels as a model has
+# them. Times of two timers are never compared.
+Timer = Literal["perf_counter", "cuda_event", "cuda_graph"]
 
 Status = Literal["ok", "checked", "constraint", "compile", "runtime", "incorrect", "timeout"]
 
@@ -19,7 +24,7 @@ Status = Literal["ok", "checked", "constraint", "compile", "runtime", "incorrect
 class Timing:
     """How samples were taken: timer, warm-up, copies rotated over, cache state of each operand."""
 
-    timer: Literal["perf_counter", "cuda_event"]
+    timer: Timer
     warmup_s: float
     copies: int
     cache: Mapping[str, Literal["hot", "cold"]]

@@ -8,8 +8,6 @@ from pathlib import Path
 
 import torch
 
-from vqkernels.device import Device
-
 __all__ = ["SLACK", "peak_during", "resident_peak"]
 
 # Resident memory comes in pages, thread stacks and allocator arenas; what a call needs is told
@@ -17,19 +15,20 @@ __all__ = ["SLACK", "peak_during", "resident_peak"]
 SLACK = 4 << 20
 
 
-def peak_during(call: Callable[[], None], device: Device) -> int | None:
-    """Bytes by which memory in use rose, at the worst moment of `call`; None if unknown.
+def peak_during(call: Callable[[], None], place: str) -> int | None:
+    """Bytes by which memory in use on `place` rose, at the worst moment of `call`; None if unknown.
 
+    place: as torch names a device. On a GPU what torch's allocator knows of.
     On a CPU the kernel's high-water mark of resident memory, reset just before; pages that the
     allocator already held count only if it gave them back first, so it is asked to.
     """
-    if device.kind == "cuda":
-        torch.cuda.synchronize(device.index)
-        torch.cuda.reset_peak_memory_stats(device.index)
-        before = torch.cuda.memory_allocated(device.index)
+    if place.startswith("cuda"):
+        torch.cuda.synchronize(place)
+        torch.cuda.reset_peak_memory_stats(place)
+        before = torch.cuda.memory_allocated(place)
         call()
-        torch.cuda.synchronize(device.index)
-        return int(torch.cuda.max_memory_allocated(device.index) - before)
+        torch.cuda.synchronize(place)
+        return int(torch.cuda.max_memory_allocated(place) - before)
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)

@@ -3,33 +3,71 @@
 A 4096 x 4096 layer at 2 bits is 4 MB and would sit in any last-level cache, so a loop over one
 weight measures the cache. `cold_copies` says how many copies to rotate over. x and out stay hot,
 as they are in a decoder: the layer before has just written x.
+
+A GPU's time is taken from events that the GPU itself records, behind a kernel that spins: while it
+spins the host queues everything, so that no launch is waited for. A batch of which the host was
+still queueing when the spin ended is no measurement, and is taken again behind a longer spin.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
-from autotune.measurement import Timing
+from autotune.measurement import Timer, Timing
 from vqkernels.device import Device
 
-__all__ = ["Budget", "cold_copies", "pinned_threads", "set_threads", "take_samples"]
+__all__ = [
+    "Budget",
+    "Samples",
+    "capture",
+    "cold_copies",
+    "default_timer",
+    "pinned_threads",
+    "set_threads",
+    "take_samples",
+]
+
+Calls = Sequence[Callable[[], None]]
+
+# No SM clock is higher, so that a spin never ends before its time.
+_SPIN_HZ = 2.2e9
+# A host that isn't ahead of a spin of 2 s never will be: the call itself waits for the GPU.
+_LONGEST_SPIN_S = 2.0
+# Calls between two synchronisations: enough that one spin serves many, few enough to stop in time.
+_BATCH_CALLS, _BATCH_S = 16, 2e-3
+# A replay is so long at least, so that the microseconds before its first kernel are nothing.
+_REPLAY_S = 1e-3
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Budget:
-    """When to stop: after `max_samples`, or after `seconds` once `min_samples` are there."""
+    """When to stop: after `max_samples`, or after `seconds` once `min_samples` are there.
+
+    longest_call_s: what takes longer is not timed at all.
+    """
 
     warmup_s: float = 0.05
     seconds: float = 0.3
     min_samples: int = 7
     max_samples: int = 200
+    longest_call_s: float | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Samples:
+    """Seconds of each call, how they were taken, and `again`: two calls at least, in that way."""
+
+    seconds: list[float]
+    timing: Timing
+    again: Callable[[], None]
 
 
 def cold_copies(nbytes: int, device: Device) -> int:
@@ -40,25 +78,58 @@ def cold_copies(nbytes: int, device: Device) -> int:
     return max(1, min(wanted, device.memory_bytes // 4 // nbytes))
 
 
-def take_samples(
-    calls: Sequence[Callable[[], None]], device: Device, budget: Budget, *, cold: bool
-) -> tuple[list[float], Timing]:
-    """Seconds of each call, going round `calls`, and how they were taken.
+def default_timer(device: Device) -> Timer:
+    """The timer of single calls: on a GPU events, on a CPU its clock."""
+    return "cuda_event" if device.kind == "cuda" else "perf_counter"
 
-    Each of `calls` runs the same kernel on a copy of its own; one call is one sample.
+
+def take_samples(
+    calls: Calls, device: Device, budget: Budget, *, cold: bool, timer: Timer | None = None
+) -> Samples:
+    """Time `calls`, going round them; `timer`: the device's default where None.
+
+    Each of `calls` runs the same kernels on a copy of its own; one call is one sample, except with
+    `cuda_graph`, where a sample is the mean over a replay. Raises RuntimeError where a call waits
+    for the GPU or can't be captured.
     """
-    if device.kind == "cuda":
-        return _cuda_samples(calls, device, budget, cold=cold)
+    timer = timer or default_timer(device)
+    if timer == "perf_counter":
+        return _cpu_samples(calls, budget, cold)
+    with torch.cuda.device(device.index):
+        if timer == "cuda_graph":
+            return _graph_samples(calls, budget, cold)
+        return _event_samples(calls, budget, cold)
+
+
+def capture(calls: Calls) -> Any:
+    """A CUDA graph of `calls` on the current device; each must have run before.
+
+    They run once more, on a stream beside the current one, as torch asks before a capture.
+    """
+    stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for call in calls:
+            call()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for call in calls:
+            call()
+    return graph
+
+
+def _cpu_samples(calls: Calls, budget: Budget, cold: bool) -> Samples:
     with pinned_threads() as pinned:
-        turn = _warm_up(calls, budget)
+        turns = itertools.cycle(calls)
+        _warm_up(turns, budget)
         samples: list[float] = []
         end = time.perf_counter() + budget.seconds
         while _more(samples, budget, end):
-            call = calls[turn % len(calls)]
+            call = next(turns)
             start = time.perf_counter_ns()
             call()
             samples.append((time.perf_counter_ns() - start) * 1e-9)
-            turn += 1
     timing = Timing(
         timer="perf_counter",
         warmup_s=budget.warmup_s,
@@ -67,7 +138,7 @@ def take_samples(
         threads=torch.get_num_threads(),
         pinned=pinned,
     )
-    return samples, timing
+    return Samples(samples, timing, lambda: _run(calls[:2]))
 
 
 def set_threads(threads: int) -> None:
@@ -91,12 +162,20 @@ def pinned_threads() -> Iterator[bool]:
         yield done
 
 
-def _warm_up(calls: Sequence[Callable[[], None]], budget: Budget) -> int:
-    turn, end = 0, time.perf_counter() + budget.warmup_s
-    while turn == 0 or time.perf_counter() < end:
-        calls[turn % len(calls)]()
-        turn += 1
-    return turn
+def _run(calls: Calls) -> None:
+    for call in calls:
+        call()
+
+
+def _warm_up(
+    turns: Iterator[Callable[[], None]], budget: Budget, wait: Callable[[], None] = lambda: None
+) -> None:
+    """Calls for the budget's time, each waited for: a queue of them would outlast it."""
+    end, done = time.perf_counter() + budget.warmup_s, False
+    while not done:
+        next(turns)()
+        wait()
+        done = time.perf_counter() >= end
 
 
 def _more(samples: list[float], budget: Budget, end: float) -> bool:
@@ -110,31 +189,78 @@ def _cache_state(cold: bool) -> dict[str, Literal["hot", "cold"]]:
     return {"codes": weight, "codebooks": weight, "sides": weight, "x": "hot", "out": "hot"}
 
 
-def _cuda_samples(
-    calls: Sequence[Callable[[], None]], device: Device, budget: Budget, *, cold: bool
-) -> tuple[list[float], Timing]:
-    """Events behind queued work: the host runs ahead, so a launch's latency isn't measured."""
-    turn = _warm_up(calls, budget)
-    torch.cuda.synchronize(device.index)
+def _event_samples(calls: Calls, budget: Budget, cold: bool) -> Samples:
+    """One call between two events; the spin before a batch keeps launches out of it."""
+    turns = itertools.cycle(calls)
+    _warm_up(turns, budget, torch.cuda.synchronize)
     samples: list[float] = []
+    spin, batch = _Spin(), 1
     end = time.perf_counter() + budget.seconds
     while _more(samples, budget, end):
-        # 16 calls queued between two synchronisations keep the GPU busy before every event
-        pairs = []
-        for _ in range(16):
-            start = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-            stop = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-            start.record()
-            calls[turn % len(calls)]()
-            stop.record()
-            pairs.append((start, stop))
-            turn += 1
-        torch.cuda.synchronize(device.index)
-        samples += [start.elapsed_time(stop) * 1e-3 for start, stop in pairs]
+        seconds = spin.time(turns, batch)
+        samples += seconds
+        batch = max(1, min(_BATCH_CALLS, int(_BATCH_S / max(min(seconds), 1e-6))))
     timing = Timing(
         timer="cuda_event",
         warmup_s=budget.warmup_s,
         copies=len(calls),
         cache=_cache_state(cold),
     )
-    return samples, timing
+    return Samples(samples, timing, lambda: _run(calls[:2]))
+
+
+def _graph_samples(calls: Calls, budget: Budget, cold: bool) -> Samples:
+    """Replays of one graph that goes round `calls` until it is long enough to be timed."""
+    turns = itertools.cycle(calls)
+    _warm_up(turns, budget, torch.cuda.synchronize)
+    spin = _Spin()
+    call_s = max(min(spin.time(turns, _BATCH_CALLS)), 1e-6)
+    rounds = max(1, math.ceil(_REPLAY_S / (call_s * len(calls))))
+    graph = capture([*calls] * rounds)
+    number = rounds * len(calls)
+    replays = itertools.repeat(graph.replay)
+    spin.time(replays, 1)  # the first replay uploads the graph
+    samples: list[float] = []
+    end = time.perf_counter() + budget.seconds
+    while _more(samples, budget, end):
+        samples += [replay_s / number for replay_s in spin.time(replays, 2)]
+    timing = Timing(
+        timer="cuda_graph",
+        warmup_s=budget.warmup_s,
+        copies=len(calls),
+        cache=_cache_state(cold),
+    )
+    return Samples(samples, timing, graph.replay)
+
+
+class _Spin:
+    """Steps between events, behind a spinning kernel that lasts until all of them are queued."""
+
+    def __init__(self) -> None:
+        self._seconds = 0.5e-3
+
+    def time(self, steps: Iterator[Callable[[], None]], number: int) -> list[float]:
+        """Seconds that each of the next `number` steps takes on the GPU."""
+        while self._seconds <= _LONGEST_SPIN_S:
+            torch.cuda._sleep(round(self._seconds * _SPIN_HZ))  # type: ignore[no-untyped-call]
+            spun = _event()
+            spun.record()
+            pairs = [_between_events(next(steps)) for _ in range(number)]
+            ahead = not spun.query()
+            torch.cuda.synchronize()
+            if ahead:
+                return [start.elapsed_time(stop) * 1e-3 for start, stop in pairs]
+            self._seconds *= 2
+        raise RuntimeError("a call waits for the GPU, so events can't time it behind queued work")
+
+
+def _between_events(step: Callable[[], None]) -> tuple[Any, Any]:
+    start, stop = _event(), _event()
+    start.record()
+    step()
+    stop.record()
+    return start, stop
+
+
+def _event() -> Any:
+    return torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]

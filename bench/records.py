@@ -10,7 +10,7 @@ import contextlib
 import dataclasses
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
 from io import FileIO
 from pathlib import Path
@@ -29,14 +29,18 @@ SCHEMA_VERSION = 1
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Case:
-    """What was measured: everything of a record but the measurement and the machine."""
+    """What was measured: everything of a record but the measurement and the machine.
+
+    Several layers timed as one call have neither n nor k; `steps` names each with its shape,
+    kernel and config.
+    """
 
     workload: str
     layer: str
     format: str
     spec: Mapping[str, Any]
-    n: int
-    k: int
+    n: int | None
+    k: int | None
     m: int
     dtype: str
     kernel: str
@@ -47,17 +51,20 @@ class Case:
     codes: str | None
     relative_error: float | None
     effective_bits: float | None
+    steps: Sequence[Mapping[str, Any]] = ()
 
 
 class RecordFile:
     """A results file being written: `run.write(case, measurement)` adds a line.
 
-    header: fields that every record carries (argv, host, device, versions).
+    header: fields that every record carries (argv, host, device, versions). kind: what the file's
+    name ends in: the command.
     """
 
-    def __init__(self, folder: Path, header: Mapping[str, Any]) -> None:
+    def __init__(self, folder: Path, header: Mapping[str, Any], kind: str = "run") -> None:
         stamp = datetime.now().astimezone()
-        self.path = folder / f"{stamp:%Y%m%dT%H%M%S}-run.jsonl"
+        self._kind = kind
+        self.path = folder / f"{stamp:%Y%m%dT%H%M%S}-{kind}.jsonl"
         self._header = {"schema": SCHEMA_VERSION, **header}
         self._count = 0
         try:
@@ -77,7 +84,7 @@ class RecordFile:
                 return FileIO(self.path, "x")
             except FileExistsError:  # a run that started in the same second
                 number += 1
-                self.path = folder / f"{stamp:%Y%m%dT%H%M%S}-run-{number}.jsonl"
+                self.path = folder / f"{stamp:%Y%m%dT%H%M%S}-{self._kind}-{number}.jsonl"
 
     def __enter__(self) -> RecordFile:
         return self
@@ -158,7 +165,8 @@ def _check(record: Mapping[str, Any]) -> None:
     """Raise KeyError, TypeError or ValueError where something that readers need is missing."""
     measurement_of(record)
     for field in dataclasses.fields(Case):
-        record[field.name]
+        if field.default is dataclasses.MISSING:  # what has a default came with a later build
+            record[field.name]
     record["device"]["name"]
 
 

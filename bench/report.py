@@ -33,7 +33,8 @@ COLUMNS = {
 def detail_rows(records: Sequence[Record]) -> list[dict[str, Any]]:
     """One row a record, with what is derived from its samples.
 
-    speedup: against the dense baseline on the same layer, format and m in the same run.
+    speedup: against the dense baseline on the same layer, format, m and dtype by the same timer
+    in the same run.
     bandwidth_percent: bytes moved a second over the best rate at which this run read memory.
     """
     dense = {
@@ -50,7 +51,7 @@ def summary_rows(records: Sequence[Record]) -> list[dict[str, Any]]:
     for row in detail_rows(records):
         if row["status"] != "constraint":
             key = (row["workload"], row["n"], row["k"], row["format"], row["m"], row["kernel"])
-            groups.setdefault((*key, row["status"]), []).append(row)
+            groups.setdefault((*key, row["timer"], row["status"]), []).append(row)
     merged = [_merge(rows) for rows in groups.values()]
     order: dict[tuple[Any, ...], int] = {}
     for row in merged:
@@ -84,14 +85,19 @@ def summary(records: Sequence[Record]) -> str:
 
 
 def _case_key(record: Record) -> tuple[Any, ...]:
-    return (record["workload"], record["layer"], record["format"], record["m"])
+    case = (record["workload"], record["layer"], record["format"], record["m"], record["dtype"])
+    return (*case, _timer(record))
+
+
+def _timer(record: Record) -> str | None:
+    return record["timing"]["timer"] if record["timing"] else None
 
 
 def _row(record: Record, dense_s: float | None) -> dict[str, Any]:
     row: dict[str, Any] = {
         name: record[name] for name in ("workload", "layer", "n", "k", "format", "m", "kernel")
     }
-    row |= {"status": record["status"], "reason": record["reason"]}
+    row |= {"status": record["status"], "reason": record["reason"], "timer": _timer(record)}
     row["bits"] = record["effective_bits"]
     if record["status"] != "ok":
         return row
@@ -112,7 +118,8 @@ def _row(record: Record, dense_s: float | None) -> dict[str, Any]:
 def _merge(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     first = rows[0]
     if len(rows) == 1:
-        return first | {"layer": f"{first['layer']} {first['n']}x{first['k']}"}
+        shape = f" {first['n']}x{first['k']}" if first["n"] else ""  # several layers: no one shape
+        return first | {"layer": f"{first['layer']}{shape}"}
     merged = dict(first) | {"layer": f"{len(rows)} of {first['n']}x{first['k']}"}
     for name in COLUMNS:
         values = [value for row in rows if isinstance(value := row.get(name), float)]

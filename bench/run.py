@@ -23,7 +23,7 @@ from vqkernels.parts import effective_bits
 from vqkernels.presets import parse_format
 from vqkernels.problem import Problem
 
-__all__ = ["Plan", "run_plan"]
+__all__ = ["Plan", "describe", "failures", "header", "run_plan"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -48,13 +48,13 @@ class Plan:
         return sum(len(ms) for *_, ms in self.layers()) * len(self.kernels)
 
 
-def header(plan: Plan, bandwidth: Bandwidth) -> dict[str, Any]:
+def header(device: Device, bandwidth: Bandwidth, budget: Budget) -> dict[str, Any]:
     """Fields that every record of a run carries."""
     return {
         "argv": ["vqbench", *sys.argv[1:]],  # however it was started: paths are the machine's own
-        **describe_host(plan.device),
+        **describe_host(device),
         "bandwidth": dataclasses.asdict(bandwidth),
-        "budget": dataclasses.asdict(plan.budget),
+        "budget": dataclasses.asdict(budget),
     }
 
 
@@ -80,7 +80,16 @@ def run_plan(
                 before = device_state(plan.device)
                 measured = _measure(plan, kernel, subject, bandwidth)
                 state = {"before": before, "after": device_state(plan.device)}
-                case = _case(plan, workload, layer, name, m, kernel, weight)
+                case = describe(
+                    kernel,
+                    _problem(plan, layer, name, m),
+                    plan.device,
+                    workload=workload.name,
+                    layer=layer.name,
+                    name=name,
+                    seed=plan.seed,
+                    weight=weight if isinstance(weight, Weight) else None,
+                )
                 yield file.write(case, measured, state)
 
 
@@ -92,6 +101,10 @@ def _weight(plan: Plan, workload: Workload, layer: Layer, name: str) -> Weight |
         return str(error)
 
 
+def _problem(plan: Plan, layer: Layer, name: str, m: int) -> Problem:
+    return Problem(m=m, n=layer.n, k=layer.k, spec=parse_format(name), dtype=plan.dtype)  # type: ignore[arg-type]  # click checked the choice
+
+
 def _measure(
     plan: Plan, kernel: Kernel, subject: Subject | Weight | str, bandwidth: Bandwidth
 ) -> Measurement:
@@ -100,35 +113,35 @@ def _measure(
     return evaluate(kernel, subject, budget=plan.budget, bandwidth=bandwidth, cold=plan.cold)
 
 
-def _case(
-    plan: Plan,
-    workload: Workload,
-    layer: Layer,
-    name: str,
-    m: int,
+def describe(
     kernel: Kernel,
-    weight: Weight | str,
+    problem: Problem,
+    device: Device,
+    *,
+    workload: str,
+    layer: str,
+    name: str,
+    seed: int,
+    weight: Weight | None,
 ) -> Case:
-    spec = parse_format(name)
-    problem = Problem(m=m, n=layer.n, k=layer.k, spec=spec, dtype=plan.dtype)  # type: ignore[arg-type]  # click checked the choice
-    made = weight if isinstance(weight, Weight) else None
-    bits = effective_bits([(spec, layer.n, layer.k)]).per_weight() if made else None
+    """The case of a kernel in its default config on a layer in the format called `name`."""
+    bits = effective_bits([(problem.spec, problem.n, problem.k)]).per_weight() if weight else None
     return Case(
-        workload=workload.name,
-        layer=layer.name,
+        workload=workload,
+        layer=layer,
         format=name,
-        spec=spec.to_dict(),
-        n=layer.n,
-        k=layer.k,
-        m=m,
-        dtype=plan.dtype,
+        spec=problem.spec.to_dict(),
+        n=problem.n,
+        k=problem.k,
+        m=problem.m,
+        dtype=problem.dtype,
         kernel=kernel.id,
         kernel_source=kernel.source_hash,
-        config=_config(kernel, problem, plan.device),
+        config=_config(kernel, problem, device),
         config_from="default",
-        seed=plan.seed,
-        codes=made.codes if made else None,
-        relative_error=made.relative_error if made else None,
+        seed=seed,
+        codes=weight.codes if weight else None,
+        relative_error=weight.relative_error if weight else None,
         effective_bits=bits,
     )
 

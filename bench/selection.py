@@ -6,6 +6,7 @@ import dataclasses
 import fnmatch
 from collections.abc import Iterable, Iterator, Sequence
 
+from bench.peers import peers
 from bench.workload import Layer, Workload, load_workload
 from vqkernels.device import Device
 from vqkernels.errors import SpecError
@@ -61,16 +62,18 @@ DEFAULT = (
 def matching_kernels(patterns: Sequence[str], device: Device | None = None) -> list[Kernel]:
     """Kernels whose id matches a glob; without globs all, or those for the device's kind.
 
-    The dense baseline comes first, since the others are set against it.
+    Others' kernels (`bench.peers`) run where a glob names them. The dense baseline comes first,
+    since the others are set against it.
 
     Raises SpecError where a pattern matches none.
     """
-    found = registry()
-    if unused := _unmatched(patterns, found.kernels):
-        raise SpecError(f"no kernel matches {unused}; there are: {', '.join(found.kernels)}")
-    chosen = [found[name] for name in _matching(patterns or ("*",), found.kernels)]
+    own = registry().kernels
+    found = {**own, **peers()}
+    if unused := _unmatched(patterns, found):
+        raise SpecError(f"no kernel matches {unused}; there are: {', '.join(found)}")
+    chosen = [found[name] for name in _matching(patterns, found)] if patterns else [*own.values()]
     if not patterns and device is not None:
-        chosen = [kernel for kernel in found.kernels.values() if device.kind in kernel.runs_on]
+        chosen = [kernel for kernel in chosen if device.kind in kernel.runs_on]
     return sorted(chosen, key=lambda kernel: kernel.reads != "dense")
 
 

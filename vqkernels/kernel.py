@@ -95,6 +95,8 @@ class Kernel:
     reads: `codes`, or `dense` for a baseline that holds the decoded weight.
     rounds_weights: the decoded weight passes through the problem's dtype before it is used, so
         that the oracle allows one more rounding a weight.
+    half_chain: products that are summed in x's dtype before an fp32 sum takes them; 0: none.
+    packs_anywhere: `pack` takes a tensor on any device; one on the CPU otherwise.
     runs_on: kinds of device; a run that names no kernels takes those of its device.
     programs: of a GPU kernel, what a config launches, to be compiled on a machine without one.
     """
@@ -111,6 +113,8 @@ class Kernel:
     about: str
     reads: Literal["codes", "dense"] = "codes"
     rounds_weights: bool = False
+    half_chain: int = 0
+    packs_anywhere: bool = False
     runs_on: tuple[Literal["cpu", "cuda"], ...] = ("cpu", "cuda")
     programs: Callable[[Config, Problem], tuple[Program, ...]] | None = None
 
@@ -118,6 +122,12 @@ class Kernel:
     def id(self) -> str:
         """`backend/name`, as the command line and the records write it."""
         return f"{self.backend}/{self.name}"
+
+    def rounds_to(self, problem: Problem) -> str | None:
+        """dtype that weights or products are rounded to before they are summed, if they are."""
+        if self.rounds_weights or self.half_chain:
+            return problem.dtype
+        return problem.rounded_to
 
     @functools.cached_property
     def source_hash(self) -> str:
@@ -127,8 +137,9 @@ class Kernel:
         """
         folder = Path(inspect.getfile(inspect.unwrap(self.supports))).parent
         digest = hashlib.sha256()
-        shared = Path(__file__).parent / "kernels" / "linear.py"
-        for path in (*sorted((*folder.glob("*.py"), *folder.glob("*.cuh"))), shared):
+        around = Path(__file__).parent / "kernels"
+        shared = (around / "linear.py", around / "layout.py")
+        for path in (*sorted((*folder.glob("*.py"), *folder.rglob("*.cuh"))), *shared):
             digest.update(path.name.encode())
             digest.update(path.read_bytes())
         return digest.hexdigest()
@@ -192,7 +203,7 @@ def _builtin_modules() -> list[str]:
 def library_versions() -> dict[str, str]:
     """Versions of what a result depends on, of the modules that are installed."""
     versions = {"python": sys.version.split()[0], "torch": torch.__version__}
-    for name in ("numpy", "numba", "llvmlite", "triton", "cuda-core", "cuda-bindings"):
+    for name in ("numpy", "numba", "llvmlite", "triton", "cuda-core", "cuda-bindings", "aqlm"):
         try:
             versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:

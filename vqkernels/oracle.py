@@ -69,7 +69,10 @@ class Check:
 
 
 def reference(tensor: QuantizedTensor, x: Tensor) -> Reference:
-    """The float64 product of `x: [m, k]` with the exact decode, decoded a few rows at a time."""
+    """The float64 product of `x: [m, k]` with the exact decode, decoded a few rows at a time.
+
+    On the device that both are on.
+    """
     wide = x.double()
     # only a bound's size: fp32 is exact enough, at half the traffic; scaled, since 1e-30 squared
     # is nothing in fp32
@@ -86,25 +89,33 @@ def reference(tensor: QuantizedTensor, x: Tensor) -> Reference:
 
 
 def check(
-    out: Tensor, expected: Reference, *, accumulate: str = "float32", weights: str | None = None
+    out: Tensor,
+    expected: Reference,
+    *,
+    accumulate: str = "float32",
+    weights: str | None = None,
+    chain: int = 0,
 ) -> Check:
     """Hold `out: [m, n]` against the reference; bounds from `accumulate` and out's dtype.
 
-    weights: dtype that each decoded weight was rounded to, where a kernel does that. A NaN or
-    infinity must stand exactly where the reference has one.
+    weights: dtype that each decoded weight was rounded to, where a kernel does that; `chain`
+    products at a time were summed in it too (0: none). A NaN or infinity must stand exactly where
+    the reference has one. Both on one device.
     """
     y, u = expected.y, UNIT_ROUNDOFF
     bound = FACTOR * math.sqrt(expected.depth) * u[accumulate] * (y.abs() + 2 * expected.spread)
     bound = bound + u[str(out.dtype).removeprefix("torch.")] * y.abs()
     if weights is not None:
-        bound = bound + FACTOR * u[weights] * expected.spread
+        # a short chain's roundings add up like the long one's, but start anew with each chain
+        bound = bound + FACTOR * math.sqrt(max(1, chain)) * u[weights] * expected.spread
     error = (out.double() - y).abs()
     finite = torch.isfinite(y)
     if not torch.equal(torch.isfinite(out), finite):
         return Check(math.inf, math.inf, math.inf)
-    if not bool(finite.any()):
-        return Check(0.0, 0.0, 0.0)
-    error, bound, y = error[finite], bound[finite], y[finite]
+    if not bool(finite.all()):
+        if not bool(finite.any()):
+            return Check(0.0, 0.0, 0.0)
+        error, bound, y = error[finite], bound[finite], y[finite]
     tiny = torch.finfo(torch.float32).tiny  # a bound of 0 (all-zero row) admits a denormal only
     rms = float(y.square().mean().sqrt())
     return Check(
@@ -147,10 +158,10 @@ def _mutants(part: QuantizedTensor) -> Iterator[tuple[str, QuantizedTensor]]:
     if spec.max_entries > 1:
         book = parts["codebook_0"]
         yield "swapped codebook", part.replace_parts(codebook_0=book.roll(1, dims=2))
-        entries = torch.tensor(spec.stages, dtype=torch.int32)
         codes = parts["codes"].to(torch.int32, copy=True)
+        entries = torch.tensor(spec.stages, dtype=torch.int32, device=codes.device)
         codes[-1] = (codes[-1] + 1) % entries
-        yield "off-by-one code", part.replace_parts(codes=codes.to(parts["codes"].dtype))
+        yield "off-by-one code", part.replace_parts(codes=codes)
     if len(spec.stages) > 1:
         last = f"codebook_{len(spec.stages) - 1}"
         dropped = {last: torch.zeros_like(parts[last])}

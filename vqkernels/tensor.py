@@ -132,6 +132,14 @@ class QuantizedTensor:
         moved = {name: part.to(device) for name, part in self.parts.items()}
         return dataclasses.replace(self, parts=moved)
 
+    def widened(self) -> QuantizedTensor:
+        """The same tensor with 16-bit codes as int32: CUDA has few operations on uint16."""
+        wide = {
+            name: part.to(torch.int32) if part.dtype == torch.uint16 else part
+            for name, part in self.parts.items()
+        }
+        return dataclasses.replace(self, parts=wide)
+
     def replace_parts(self, **parts: Tensor) -> QuantizedTensor:
         """The same tensor with some parts exchanged."""
         return dataclasses.replace(self, parts={**self.parts, **parts})

@@ -165,7 +165,11 @@ def check_case(
     run, packed = prepare(kernel, problem, device, case.tensor, config)
     out = torch.full((m, case.n), float("nan"), dtype=x.dtype).to(place)
     run(packed.to(place), x.to(place), out)
-    rounded = problem.dtype if kernel.rounds_weights else problem.rounded_to
-    verdict = oracle.check(out.cpu(), oracle.reference(case.tensor, x), weights=rounded)
+    verdict = oracle.check(
+        out.cpu(),
+        oracle.reference(case.tensor, x),
+        weights=kernel.rounds_to(problem),
+        chain=kernel.half_chain,
+    )
     assert verdict.passed, f"{kernel.id} on {case}, m={m}, {dtype}: {verdict}"
     return True

@@ -11,6 +11,7 @@ from typing import Any
 import click
 
 from bench.available import first_line, install_hint, preset_refusals
+from bench.peers import peers
 from bench.tables import OUTPUTS, render
 from bench.weights import weights_file
 from bench.workload import Workload, load_workload, workload_names
@@ -74,9 +75,10 @@ def _print(topic: str, output: str) -> None:
 
 
 def _kernels() -> list[Row]:
-    """A row a kernel, and one for the modules of a backend that don't import for one reason."""
+    """A row a kernel, the peers' last; and one for a backend's modules that don't import."""
     device, found = detect(), registry()
     rows = [_kernel(kernel, device) for kernel in found.kernels.values()]
+    rows += [_kernel(kernel, device) for kernel in peers().values()]
     groups: dict[tuple[str, str], int] = {}
     for name, reason in found.missing.items():
         key = (name.partition(".")[0], reason)
@@ -87,6 +89,7 @@ def _kernels() -> list[Row]:
             {
                 "kernel": f"{backend}/*",
                 "about": f"{count} modules that don't import",
+                "peer": False,
                 "reads": None,
                 "tunables": None,
                 "formats": None,
@@ -104,6 +107,7 @@ def _kernel(kernel: Kernel, device: Device) -> Row:
     return {
         "kernel": kernel.id,
         "about": kernel.about,
+        "peer": kernel.id in peers(),
         "reads": kernel.reads,
         "tunables": len(kernel.space.params),
         "formats": f"{taken}/{len(reasons)}",
@@ -224,6 +228,7 @@ _TOPICS: dict[str, tuple[Callable[[], list[Row]], dict[str, str]]] = {
             "tunables": "tunables",
             "formats": "presets",
             "runs": "runs here",
+            "peer": "peer",
             "about": "about",
         },
     ),

@@ -119,7 +119,7 @@ def _execute(plan: Plan, folder: Path, console: Console) -> tuple[list[dict[str,
     console.print(_memory_line(bandwidth), soft_wrap=True)
     records: list[dict[str, Any]] = []
     with (
-        RecordFile(folder, header(plan, bandwidth)) as file,
+        RecordFile(folder, header(plan.device, bandwidth, plan.budget)) as file,
         Progress(
             TextColumn("{task.description}", markup=False),
             BarColumn(),

@@ -4,6 +4,7 @@ import pytest
 
 from autotune import bandwidth
 from autotune.bandwidth import measure_bandwidth
+from autotune.timers import Samples
 from tests.autotune import zoo
 
 
@@ -13,7 +14,7 @@ def test_a_rate_is_bytes_over_seconds(monkeypatch):
     def fake(calls, device, budget, *, cold):
         calls[0]()
         read.append(cold)
-        return [4.0, 1.0, 2.0], None
+        return Samples([4.0, 1.0, 2.0], None, None)
 
     monkeypatch.setattr(bandwidth, "take_samples", fake)
     device = dataclasses.replace(zoo.DEVICE, memory_bytes=64 << 20)
@@ -26,7 +27,7 @@ def test_a_rate_is_bytes_over_seconds(monkeypatch):
 
 @pytest.mark.parametrize(("cache", "nbytes"), [(1 << 20, 256 << 20), (64 << 20, 512 << 20)])
 def test_what_is_read_fits_no_cache(monkeypatch, cache, nbytes):
-    monkeypatch.setattr(bandwidth, "take_samples", lambda *_, **__: ([1.0], None))
+    monkeypatch.setattr(bandwidth, "take_samples", lambda *_, **__: Samples([1.0], None, None))
     device = dataclasses.replace(zoo.DEVICE, llc_bytes=cache, memory_bytes=1 << 40)
     assert measure_bandwidth(device).nbytes == nbytes
 

@@ -2,18 +2,20 @@ import dataclasses
 import itertools
 import json
 import math
+import time
 
 import pytest
 import torch
 
 from autotune import memory
 from autotune.bandwidth import Bandwidth
-from autotune.evaluate import evaluate, make_subject
+from autotune.evaluate import Step, check, evaluate, evaluate_steps, make_subject
 from autotune.measurement import Measurement
-from tests.autotune import zoo
+from tests.autotune import fake_cuda, zoo
 from vqkernels import oracle
 from vqkernels.kernel import Footprint, Packed
 from vqkernels.space import Config
+from vqkernels.tensor import random_tensor
 
 SLOW_MEMORY = Bandwidth(1.0, 1.0, 1)  # every time is impossible at a byte a second
 FAST_MEMORY = Bandwidth(1e18, 1e18, 1)
@@ -116,7 +118,7 @@ def test_the_guards_hold_while_timing_too(subject):
 
 
 def test_a_hidden_copy_is_found_and_a_declared_one_is_not(subject):
-    if memory.peak_during(lambda: None, zoo.DEVICE) is None:
+    if memory.peak_during(lambda: None, "cpu") is None:
         pytest.skip("this system doesn't tell a process's peak memory")
     assert_refused(attempt(zoo.make_kernel(zoo.greedy), subject), "incorrect", "a hidden copy")
 
@@ -129,7 +131,7 @@ def test_a_hidden_copy_is_found_and_a_declared_one_is_not(subject):
 
 
 def test_an_unknown_peak_is_recorded_as_unknown(subject, monkeypatch):
-    monkeypatch.setattr(memory, "peak_during", lambda call, device: call())
+    monkeypatch.setattr(memory, "peak_during", lambda call, place: call())
     measured = attempt(zoo.make_kernel(zoo.greedy), subject)
     assert (measured.status, measured.peak_bytes) == ("ok", None)
 
@@ -275,3 +277,209 @@ def test_a_subject_is_made_again_from_its_seed():
     assert all(torch.equal(a, b) for a, b in zip(one.xs, again.xs, strict=True))
     assert not torch.equal(one.xs[0], other.xs[0])
     assert not torch.equal(one.xs[0], one.xs[1])
+
+
+@pytest.mark.parametrize(("has", "status"), [(1000, "constraint"), (1024, "ok"), (None, "ok")])
+def test_more_shared_memory_than_a_block_has_is_refused_before_it_is_compiled(has, status):
+    def footprint(config, problem, device):
+        return Footprint(4 * problem.n * problem.k, 0, problem.flops, shared_bytes=1024)
+
+    def compile(config, problem, device):
+        compiled.append(config)
+        return zoo.right
+
+    compiled = []
+    device = dataclasses.replace(zoo.DEVICE, shared_bytes=has)
+    kernel = zoo.make_kernel(footprint=footprint, compile=compile)
+    measured = attempt(kernel, make_subject(zoo.tensor(), 2, device))
+    assert measured.status == status
+    if status == "constraint":
+        assert measured.reason == "needs 1,024 bytes of shared memory a block; Test has 1,000"
+        assert not compiled
+
+
+def test_a_call_that_is_right_but_too_long_is_not_timed(subject):
+    def slow(packed, x, out):
+        time.sleep(0.02)
+        zoo.right(packed, x, out)
+
+    budget = dataclasses.replace(zoo.BUDGET, longest_call_s=0.01)
+    measured = attempt(zoo.make_kernel(slow), subject, budget=budget)
+    assert_refused(measured, "constraint", "right, but a call takes 0.0")
+    assert measured.correctness is not None
+    assert attempt(zoo.make_kernel(), subject, budget=budget).status == "ok"
+
+
+@pytest.mark.parametrize("nbytes", [30 << 10, 40 << 10, 70 << 10])
+def test_no_copy_comes_twice_in_a_row_when_cold(nbytes):
+    seen = []
+
+    def remember(packed, x, out):
+        seen.append((packed["weight"].data_ptr(), x.data_ptr()))
+        zoo.right(packed, x, out)
+
+    subject = make_subject(zoo.tensor(nbytes // 4 // 128, 128), 3, zoo.DEVICE)
+    budget = dataclasses.replace(zoo.BUDGET, min_samples=40, max_samples=40)
+    copies = attempt(zoo.make_kernel(remember), subject, budget=budget).timing.copies
+    assert copies >= 2
+    timed = seen[4:-2]
+    assert all(one[0] != other[0] for one, other in itertools.pairwise(timed))
+    assert len(set(timed)) == 2 * copies or copies % 2 == 0
+
+
+# Several layers as one call
+
+
+@pytest.fixture
+def layers():
+    return [make_subject(zoo.tensor(n, k), 3, zoo.DEVICE) for n, k in ((37, 22), (16, 48), (5, 29))]
+
+
+def steps(layers, *runs):
+    return [Step(zoo.make_kernel(run), subject) for run, subject in zip(runs, layers, strict=True)]
+
+
+def test_several_layers_are_one_call_in_order(layers):
+    seen = []
+
+    def watch(packed, x, out):
+        seen.append(x.shape[1])
+        zoo.right(packed, x, out)
+
+    (measured,) = evaluate_steps(steps(layers, *[watch] * 3), timers=(None,), budget=zoo.BUDGET)
+    assert measured.status == "ok"
+    assert len(measured.samples_s) == 9
+    assert seen[-3 * (1 + 9 + 2) :] == [22, 48, 29] * (1 + 9 + 2)  # warm-up, samples, last check
+    sizes = [subject.problem for subject in layers]
+    assert measured.weight_bytes == sum(4 * one.n * one.k for one in sizes)
+    assert measured.moved_bytes == measured.weight_bytes + sum(o.activation_bytes for o in sizes)
+    assert measured.flops == sum(one.flops for one in sizes)
+    assert measured.timing.copies * measured.weight_bytes > 2 * zoo.DEVICE.llc_bytes
+
+
+@pytest.mark.parametrize("at", [0, 1, 2])
+@pytest.mark.parametrize("calls", [0, 1, 3, 9])
+def test_a_layer_that_is_wrong_at_any_time_spoils_the_call(layers, at, calls):
+    runs = [zoo.right] * 3
+    runs[at] = zoo.after(calls, zoo.zeros) if calls else zoo.zeros
+    (measured,) = evaluate_steps(steps(layers, *runs), timers=(None,), budget=zoo.BUDGET)
+    assert_refused(measured, "incorrect", "times its bound")
+
+
+def test_each_timer_gives_a_measurement_and_one_that_fails_leaves_the_others(layers, monkeypatch):
+    gpu = fake_cuda.install(monkeypatch)
+
+    def run(packed, x, out):
+        if gpu.capturing:
+            raise RuntimeError("no graph with me")
+        gpu.launch(1e-5, run=lambda: zoo.right(packed, x, out))
+
+    device = dataclasses.replace(zoo.DEVICE, kind="cuda")
+    subject = make_subject(zoo.tensor(), 3, device, place="cpu")
+    event, graph = evaluate_steps(
+        [Step(zoo.make_kernel(run), subject)],
+        timers=("cuda_event", "cuda_graph"),
+        budget=zoo.BUDGET,
+    )
+    assert (event.status, event.timing.timer) == ("ok", "cuda_event")
+    assert_refused(graph, "runtime", "no graph with me")
+
+
+# On a GPU that only keeps time
+
+
+@pytest.fixture
+def on_gpu(monkeypatch):
+    """A GPU, its tensors on the CPU (`cpu:0`: another name, so that it is waited for)."""
+    gpu = fake_cuda.install(monkeypatch)
+    device = dataclasses.replace(zoo.DEVICE, kind="cuda")
+    return gpu, make_subject(zoo.tensor(), 3, device, place="cpu:0")
+
+
+def launching(gpu, run=zoo.right, seconds=1e-5):
+    return zoo.make_kernel(
+        lambda packed, x, out: gpu.launch(seconds, run=lambda: run(packed, x, out))
+    )
+
+
+@pytest.mark.parametrize("timer", ["cuda_event", "cuda_graph"])
+def test_a_right_kernel_is_timed_by_either_timer(on_gpu, timer):
+    gpu, subject = on_gpu
+    measured = attempt(launching(gpu), subject, timer=timer)
+    assert (measured.status, measured.timing.timer) == ("ok", timer)
+    assert measured.samples_s == pytest.approx([1e-5] * len(measured.samples_s))
+
+
+def test_a_graph_that_holds_nothing_is_no_result(on_gpu):
+    gpu, subject = on_gpu
+
+    def beside(packed, x, out):
+        gpu.launch(1e-5)
+        zoo.right(packed, x, out)  # on a stream of its own: never captured
+
+    measured = attempt(zoo.make_kernel(beside), subject, timer="cuda_graph")
+    assert_refused(measured, "incorrect", "times its bound")
+
+
+def test_a_check_is_not_timed(subject):
+    measured = check(zoo.make_kernel(), subject)
+    assert (measured.status, measured.samples_s, measured.timing) == ("checked", (), None)
+    assert measured.correctness.controls == subject.controls
+
+
+def test_a_check_asks_for_the_same_bits_twice(subject):
+    calls = []
+
+    def drifting(packed, x, out):
+        zoo.right(packed, x, out)
+        calls.append(1)
+        out *= 1 + len(calls) * 1e-7
+
+    assert_refused(check(zoo.make_kernel(drifting), subject), "incorrect", "other bits")
+    assert attempt(zoo.make_kernel(drifting), subject).status == "ok"  # within every bound
+
+
+def test_a_check_asks_for_a_graph_on_a_gpu(on_gpu):
+    gpu, subject = on_gpu
+    assert check(launching(gpu), subject).status == "checked"
+    assert len(gpu.graphs) == 1
+
+    def waiting(packed, x, out):
+        gpu.launch(1e-5, run=lambda: zoo.right(packed, x, out))
+        gpu.synchronize()
+
+    measured = check(zoo.make_kernel(waiting), subject)
+    assert_refused(measured, "runtime", "in a CUDA graph: RuntimeError: operation not permitted")
+
+
+def test_a_check_replays_the_graph_on_other_tokens(on_gpu):
+    gpu, subject = on_gpu
+
+    def stale(packed, x, out):
+        kept = x.clone()  # what the host read while it captured
+        gpu.launch(1e-5, run=lambda: zoo.right(packed, kept, out))
+
+    assert_refused(check(zoo.make_kernel(stale), subject), "incorrect", "times its bound")
+
+
+@pytest.mark.parametrize("name", zoo.ZOO)
+def test_a_check_refuses_every_bad_kernel(name, subject):
+    make, status, words = zoo.ZOO[name]
+    assert_refused(check(make(), subject), status, words)
+
+
+def test_a_kernel_packs_on_the_cpu_unless_it_can_anywhere(on_gpu):
+    places = []
+
+    def pack(tensor, config, problem):
+        places.append(tensor.parts["codes"].dtype)
+        return Packed({"weight": tensor.decode(torch.float32)})
+
+    spec = dataclasses.replace(zoo.SPEC, stages=(300, 16), code_bits=(9, 4))
+    tensor = random_tensor(spec, 41, 64, fit=False)
+    subject = make_subject(tensor, 2, zoo.DEVICE, place="cpu:0")
+    for anywhere in (False, True):
+        kernel = zoo.make_kernel(pack=pack, packs_anywhere=anywhere)
+        assert attempt(kernel, subject).status == "ok"
+    # CUDA has few operations on uint16
+    assert places == [torch.uint16, torch.int32]

@@ -11,8 +11,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from autotune import timers
-from autotune.timers import Budget, cold_copies, pinned_threads, set_threads, take_samples
-from tests.autotune import zoo
+from autotune.timers import (
+    Budget,
+    cold_copies,
+    default_timer,
+    pinned_threads,
+    set_threads,
+    take_samples,
+)
+from tests.autotune import fake_cuda, zoo
 
 CPU = zoo.DEVICE
 CORES = os.sched_getaffinity(0)  # while tests are collected: nothing has been pinned yet
@@ -41,10 +48,12 @@ def affinities() -> dict[int, set[int]]:
 def test_calls_take_turns():
     order = []
     calls = [lambda name=name: order.append(name) for name in "abc"]
-    samples, timing = take_samples(calls, CPU, count(7), cold=True)
+    samples = take_samples(calls, CPU, count(7), cold=True)
     assert "".join(order) == "abcabcab"  # one to warm up, then 7
-    assert len(samples) == 7
-    assert timing.copies == 3
+    assert len(samples.seconds) == 7
+    assert samples.timing.copies == 3
+    samples.again()
+    assert len(order) == 10  # two more: both batches of tokens
 
 
 @pytest.fixture
@@ -69,13 +78,13 @@ def ticking(clock, seconds):
 def test_warm_up_goes_on_for_its_time(clock):
     calls, call = ticking(clock, 0.001)
     budget = Budget(seconds=0, warmup_s=0.0195, min_samples=3, max_samples=3)
-    samples, _ = take_samples([call], CPU, budget, cold=True)
+    samples = take_samples([call], CPU, budget, cold=True).seconds
     assert len(calls) == 20 + 3
     assert samples == pytest.approx([0.001] * 3)
 
 
 def test_samples_are_seconds_of_one_call():
-    samples, _ = take_samples([lambda: time.sleep(0.003)] * 2, CPU, count(4), cold=False)
+    samples = take_samples([lambda: time.sleep(0.003)] * 2, CPU, count(4), cold=False).seconds
     assert all(0.003 <= sample < 3 for sample in samples)
 
 
@@ -85,13 +94,13 @@ def test_samples_are_seconds_of_one_call():
 def test_sampling_ends_by_time_between_its_least_and_most(clock, seconds, samples):
     _, call = ticking(clock, 0.001)
     budget = Budget(seconds=seconds, warmup_s=0, min_samples=4, max_samples=50)
-    assert len(take_samples([call], CPU, budget, cold=True)[0]) == samples
+    assert len(take_samples([call], CPU, budget, cold=True).seconds) == samples
 
 
 @pytest.mark.parametrize(("cold", "state"), [(True, "cold"), (False, "hot")])
 def test_how_it_was_timed_is_recorded(cold, state):
     budget = Budget(seconds=0.001, warmup_s=0.002, min_samples=3)
-    _, timing = take_samples([lambda: None], CPU, budget, cold=cold)
+    timing = take_samples([lambda: None], CPU, budget, cold=cold).timing
     assert timing.timer == "perf_counter"
     assert timing.warmup_s == 0.002
     assert timing.threads == torch.get_num_threads()
@@ -165,39 +174,90 @@ def test_more_threads_than_cores_are_not_pinned(monkeypatch):
     from vqkernels.kernels.numba import threads as pool
 
     monkeypatch.setattr(pool.numba, "get_num_threads", lambda: len(CORES) + 1)
-    _, timing = take_samples([lambda: None], CPU, count(3), cold=True)
-    assert timing.pinned is False
+    samples = take_samples([lambda: None], CPU, count(3), cold=True)
+    assert samples.timing.pinned is False
     assert all(cores == CORES for cores in affinities().values())
 
 
-class FakeEvent:
-    """A CUDA event whose clock is the number of what was queued before it."""
-
-    queue: list[str]
-
-    def __init__(self, enable_timing):
-        assert enable_timing
-
-    def record(self):
-        self.at = len(FakeEvent.queue)
-        FakeEvent.queue.append("event")
-
-    def elapsed_time(self, stop):
-        return float(stop.at - self.at)  # ms
+@pytest.fixture
+def gpu(monkeypatch):
+    return fake_cuda.install(monkeypatch)
 
 
-def test_gpu_calls_are_queued_between_events_and_never_waited_for(monkeypatch):
-    queue = FakeEvent.queue = []
-    monkeypatch.setattr(torch.cuda, "Event", FakeEvent)
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda index: queue.append(f"wait {index}"))
-    gpu = dataclasses.replace(CPU, kind="cuda", index=1)
-    calls = [lambda name=name: queue.append(name) for name in "ab"]
-    samples, timing = take_samples(calls, gpu, count(16), cold=True)
-    turns = [step for name in "ba" * 8 for step in ("event", name, "event")]
-    assert queue == ["a", "wait 1", *turns, "wait 1"]
-    assert samples == pytest.approx([2e-3] * 16)
-    assert (timing.timer, timing.threads, timing.pinned) == ("cuda_event", None, None)
-    assert timing.cache["codes"] == "cold"
+GPU = dataclasses.replace(CPU, kind="cuda", index=1)
+
+
+def test_events_see_the_gpus_time_though_the_host_is_slower(gpu):
+    order = []
+    calls = [lambda name=name: (order.append(name), gpu.launch(5e-6, 1e-4)) for name in "abc"]
+    samples = take_samples(calls, GPU, count(40), cold=True)
+    assert len(samples.seconds) >= 40
+    assert samples.seconds == pytest.approx([5e-6] * len(samples.seconds))
+    turns = "".join(order)
+    assert turns in "abc" * len(turns)  # in turns, also over batches that were taken again
+    assert (samples.timing.timer, samples.timing.threads) == ("cuda_event", None)
+    assert samples.timing.cache["codes"] == "cold"
+    assert gpu.devices == {1}
+
+
+def test_a_batch_that_the_host_queued_too_late_is_taken_again_behind_a_longer_spin(gpu):
+    # 16 launches of 2 ms outlast the first spin; each batch that counts was queued in time
+    samples = take_samples([lambda: gpu.launch(5e-6, 2e-3)], GPU, count(32), cold=True)
+    assert samples.seconds == pytest.approx([5e-6] * len(samples.seconds))
+    assert max(gpu.spins) > 16 * 2e-3 > gpu.spins[0]
+
+
+def test_a_call_that_waits_for_the_gpu_can_not_be_timed(gpu):
+    def waiting():
+        gpu.launch(1e-5, 1e-5)
+        gpu.synchronize()
+
+    with pytest.raises(RuntimeError, match="waits for the GPU"):
+        take_samples([waiting], GPU, count(3), cold=True)
+
+
+def test_slow_calls_come_in_small_batches(gpu):
+    calls = [lambda: gpu.launch(0.02, 1e-5)]
+    samples = take_samples(calls, GPU, Budget(seconds=0.1, warmup_s=0), cold=True)
+    assert len(samples.seconds) == 7  # the least, one by one: 0.14 s
+
+
+def test_the_warm_up_is_waited_for_and_ends_by_time(gpu):
+    calls = [lambda: gpu.launch(0.01, 1e-6)]
+    take_samples(calls, GPU, Budget(seconds=0, warmup_s=0.1, min_samples=1), cold=True)
+    assert gpu.now < 0.2  # ten calls to warm up, not the 100,000 that fit a queue
+
+
+def test_a_graph_goes_round_all_copies_and_a_sample_is_a_call_of_it(gpu):
+    order = []
+    times = {"a": 1e-6, "b": 3e-6, "c": 5e-6}
+    calls = [
+        lambda name=name: (order.append(name), gpu.launch(times[name], 1e-4)) for name in times
+    ]
+    samples = take_samples(calls, GPU, count(8), cold=True, timer="cuda_graph")
+    assert samples.timing.timer == "cuda_graph"
+    assert samples.seconds == pytest.approx([3e-6] * len(samples.seconds))
+    (graph,) = gpu.graphs
+    # captured in order, and long enough that what comes before its first kernel is nothing
+    assert graph.kernels[:3] == list(times.values())
+    assert len(graph.kernels) % 3 == 0
+    assert sum(graph.kernels) >= 1e-3
+    assert graph.warmed_up_on_a_stream_of_its_own
+    before = graph.replays
+    samples.again()
+    assert graph.replays == before + 1
+
+
+def test_a_graphs_replays_are_queued_behind_a_spin_too(gpu):
+    samples = take_samples(
+        [lambda: gpu.launch(1e-3, 1e-5)], GPU, count(4), cold=True, timer="cuda_graph"
+    )
+    assert samples.seconds == pytest.approx([1e-3] * 4)
+    assert all(graph.replays_behind_work == graph.replays for graph in gpu.graphs)
+
+
+def test_the_timer_of_a_device_is_events_or_the_clock():
+    assert (default_timer(GPU), default_timer(CPU)) == ("cuda_event", "perf_counter")
 
 
 WITHOUT_NUMBA = """

@@ -12,6 +12,7 @@ from click.testing import CliRunner
 
 from bench.cli import cli
 from bench.commands import list as list_command
+from bench.peers import peers
 from bench.workload import Workload, workload_names
 from vqkernels.device import Device, known_devices
 from vqkernels.kernel import Registry, registry
@@ -26,7 +27,8 @@ def rows(topic: str) -> dict[str, dict[str, Any]]:
 
 def test_kernels_are_the_registrys() -> None:
     found = rows("kernels")
-    assert set(found) == set(registry().kernels)
+    assert set(found) == {*registry().kernels, *peers()}
+    assert {name for name, row in found.items() if row["peer"]} == set(peers())
     for name, kernel in registry().kernels.items():
         assert found[name]["tunables"] == len(kernel.space.params)
         assert found[name]["runs"] == ("cpu" in kernel.runs_on), found[name]["reason"]

@@ -272,3 +272,32 @@ def test_a_full_disk_is_one_line_and_leaves_no_half_record(tmp_path, fails, kept
     assert "can't be written: File too large" in line
     assert f"record {kept + 1} " in line
     assert [len(read_records(path)) for path in tmp_path.iterdir()] == [kept] * bool(kept)
+
+
+def test_a_file_is_named_after_its_command(tmp_path):
+    names = []
+    for _ in range(2):
+        with RecordFile(tmp_path, HEADER, "gpu-check") as file:
+            file.write(make_case(), OK, STATE)
+        names.append(file.path.name)
+    assert all("-gpu-check" in name and name.endswith(".jsonl") for name in names)
+    assert len(set(names)) == 2
+
+
+def test_a_block_of_layers_reads_back(tmp_path):
+    steps = ({"layer": "q", "n": 37, "k": 22, "kernel": "torch/dense", "config": Config(tile=8)},)
+    with RecordFile(tmp_path, HEADER) as file:
+        file.write(make_case(layer="block", n=None, k=None, steps=steps), OK, STATE)
+    (record,) = read_records(file.path)
+    assert (record["n"], record["k"]) == (None, None)
+    assert record["steps"] == [{**steps[0], "config": {"tile": 8}}]
+
+
+def test_records_from_before_blocks_still_read(tmp_path):
+    path = write_two(tmp_path)
+    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    for line in lines:
+        assert line.pop("steps") == []
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    assert read_records(path) == lines
+    assert len(load_records([path])) == 2

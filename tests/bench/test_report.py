@@ -24,7 +24,15 @@ def record(kernel="torch/dense", seconds=None, status="ok", reason="", **fields)
         peak_bytes=fields.pop("peak_bytes", 500_000),
         moved_bytes=3_000_000,
     )
-    case = {"workload": "w", "layer": "a", "n": 8, "k": 4, "format": "f", "m": 1}
+    case = {
+        "workload": "w",
+        "layer": "a",
+        "n": 8,
+        "k": 4,
+        "format": "f",
+        "m": 1,
+        "dtype": "float32",
+    }
     return {
         **case,
         "kernel": kernel,
@@ -194,3 +202,37 @@ def test_what_people_read_has_every_column_and_row(output):
     (bad,) = (line for line in lines if " bad " in line)
     assert "incorrect" in bad
     assert " - " in bad
+
+
+def timed_by(timer, kernel="torch/dense", seconds=1.0, **fields):
+    timing = {"timer": timer, "warmup_s": 0, "copies": 2, "cache": {}, "threads": None}
+    return record(kernel, seconds=seconds, **fields) | {"timing": timing | {"pinned": None}}
+
+
+def test_two_timers_are_never_compared_or_merged():
+    rows = report.detail_rows(
+        [
+            timed_by("cuda_event", seconds=8.0),
+            timed_by("cuda_graph", seconds=6.0),
+            timed_by("cuda_event", "fast", 2.0),
+            timed_by("cuda_graph", "fast", 1.0),
+        ]
+    )
+    assert [row["speedup"] for row in rows] == pytest.approx([1, 1, 4, 6])
+    assert [row["timer"] for row in rows] == ["cuda_event", "cuda_graph"] * 2
+    (alone,) = report.detail_rows([timed_by("cuda_graph", "fast")])
+    assert alone["speedup"] is None
+    merged = report.summary_rows(
+        [timed_by(timer, layer=layer) for timer in ("cuda_event", "cuda_graph") for layer in "ab"]
+    )
+    assert [row["layer"] for row in merged] == ["2 of 8x4"] * 2
+
+
+def test_other_activations_are_another_baseline():
+    rows = report.detail_rows([record(seconds=8.0), record("f", seconds=2.0, dtype="float16")])
+    assert rows[1]["speedup"] is None
+
+
+def test_a_block_has_no_shape():
+    (row,) = report.summary_rows([record(seconds=1.0, layer="block", n=None, k=None)])
+    assert row["layer"] == "block"

@@ -96,13 +96,16 @@ def kernels(monkeypatch):
     ]
     known = Registry({kernel.id: kernel for kernel in found}, {})
     monkeypatch.setattr(selection, "registry", lambda: known)
+    peer = zoo.make_kernel(name="peer", backend="theirs", reads="codes")
+    monkeypatch.setattr(selection, "peers", lambda: {peer.id: peer})
 
 
 @pytest.mark.parametrize(
     ("patterns", "chosen"),
     [
         ((), ["test/dense", "test/one", "other/two"]),
-        (("*",), ["test/dense", "test/one", "other/two"]),
+        (("*/[!p]*",), ["test/dense", "test/one", "other/two"]),
+        (("theirs/*",), ["theirs/peer"]),  # only where it is named
         (("test/*",), ["test/dense", "test/one"]),
         (("other/two", "test/one"), ["test/one", "other/two"]),
         (("test/one", "test/o?e"), ["test/one"]),

@@ -10,7 +10,6 @@ fastest member; compare within a group, which is one run.
 from __future__ import annotations
 
 import itertools
-import warnings
 from collections.abc import Callable, Iterator
 
 import numba
@@ -18,6 +17,7 @@ import pytest
 import torch
 
 from autotune.timers import cold_copies, pinned_threads
+from bench.peers import peers
 from vqkernels import oracle
 from vqkernels.device import detect_cpu
 from vqkernels.kernel import registry
@@ -53,10 +53,11 @@ def limited(request: pytest.FixtureRequest) -> Iterator[int]:
     threads.limit(before)
 
 
-def table_call(tensor: QuantizedTensor, x: torch.Tensor, count: int) -> Call:
+def kernel_call(name: str, tensor: QuantizedTensor, x: torch.Tensor, count: int) -> Call:
     device = detect_cpu(count)
-    kernel = registry()["numba/table"]
+    kernel = peers()[name] if name in peers() else registry()[name]
     problem = Problem(m=1, n=N, k=K, spec=SPEC)
+    assert kernel.supports(problem, device) is None
     config = kernel.default(problem, device)
     run, packed = kernel.compile(config, problem, device), kernel.pack(tensor, config, problem)
     copies = itertools.cycle([packed.clone() for _ in range(cold_copies(packed.nbytes, device))])
@@ -77,19 +78,6 @@ def linear_call(tensor: QuantizedTensor, x: torch.Tensor) -> Call:
     return lambda: torch.nn.functional.linear(x, next(copies))
 
 
-def aqlm_call(tensor: QuantizedTensor, x: torch.Tensor) -> Call:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        from aqlm.inference_kernels.numba_kernel import numba_gemm_lut
-    parts = tensor.parts
-    codes = parts["codes"].transpose(0, 1).contiguous().view(torch.int8)
-    books = torch.stack([parts[f"codebook_{stage}"][0, 0].float() for stage in range(2)])
-    books, scales = books[:, :, None], parts["scale"].float().view(-1, 1, 1, 1)
-    count = cold_copies(codes.numel(), detect_cpu())
-    copies = itertools.cycle([codes.clone() for _ in range(count)])
-    return lambda: numba_gemm_lut(x, next(copies), books, scales, None)
-
-
 def measure(benchmark, call: Call, tensor: QuantizedTensor, x: torch.Tensor) -> None:
     benchmark.pedantic(call, rounds=ROUNDS, warmup_rounds=30)
     assert oracle.check(call(), oracle.reference(tensor, x)).passed
@@ -100,7 +88,7 @@ def measure(benchmark, call: Call, tensor: QuantizedTensor, x: torch.Tensor) -> 
 @pytest.mark.parametrize("name", ["numba/table", "torch/linear"])
 @pytest.mark.benchmark(group="aqlm-2x8 4096x4096 m=1, 2 threads")
 def test_two_threads(benchmark, limited, name, tensor, x) -> None:
-    call = table_call(tensor, x, 2) if name == "numba/table" else linear_call(tensor, x)
+    call = linear_call(tensor, x) if name == "torch/linear" else kernel_call(name, tensor, x, 2)
     measure(benchmark, call, tensor, x)
 
 
@@ -109,15 +97,14 @@ def test_two_threads(benchmark, limited, name, tensor, x) -> None:
 @pytest.mark.benchmark(group="aqlm-2x8 4096x4096 m=1, 1 thread")
 def test_one_thread(benchmark, limited, name, tensor, x) -> None:
     assert numba.get_num_threads() == 1, "AQLM's kernel is right on one thread only"
-    call = table_call(tensor, x, 1) if name == "numba/table" else aqlm_call(tensor, x)
-    measure(benchmark, call, tensor, x)
+    measure(benchmark, kernel_call(name, tensor, x, 1), tensor, x)
 
 
 @pytest.mark.parametrize("limited", [2], indirect=True)
 @pytest.mark.benchmark(group="table right after a torch region, 2 threads")
 def test_right_after_torch(benchmark, limited, tensor, x) -> None:
     """Two pools would spin against each other here: see vqkernels.kernels.numba.threads."""
-    call, square = table_call(tensor, x, 2), torch.randn(512, 512)
+    call, square = kernel_call("numba/table", tensor, x, 2), torch.randn(512, 512)
 
     def torch_region() -> None:
         square @ square

@@ -1,3 +1,4 @@
+import dataclasses
 import importlib.metadata
 import importlib.util
 import shutil
@@ -13,6 +14,7 @@ from vqkernels import kernel
 from vqkernels.errors import BackendError
 from vqkernels.kernel import Kernel, Packed, library_versions, registry
 from vqkernels.kernels.torch import dense
+from vqkernels.problem import Problem
 
 
 @pytest.fixture
@@ -183,3 +185,12 @@ def test_a_module_without_a_kernel_is_no_kernel(monkeypatch, fresh):
     monkeypatch.setitem(sys.modules, "empty", empty)
     assert not [name for name in registry().kernels if name.startswith("torch/")]
     assert "empty" not in registry().missing
+
+
+def test_what_a_kernel_rounds_to_is_xs_dtype_where_it_rounds_at_all():
+    plain = Problem(m=1, n=8, k=16, spec=zoo.SPEC, dtype="bfloat16")
+    rotated = dataclasses.replace(plain, spec=dataclasses.replace(zoo.SPEC, scale_axis="column"))
+    assert zoo.make_kernel().rounds_to(plain) is None
+    assert zoo.make_kernel().rounds_to(rotated) == "bfloat16"
+    assert zoo.make_kernel(rounds_weights=True).rounds_to(plain) == "bfloat16"
+    assert zoo.make_kernel(half_chain=4).rounds_to(plain) == "bfloat16"

@@ -118,3 +118,17 @@ def test_an_all_zero_row_admits_zero_only() -> None:
     expected = oracle.reference(tensor.replace_parts(codebook_0=book), tokens(64))
     assert oracle.check(torch.zeros(2, 256), expected).passed
     assert not oracle.check(torch.full((2, 256), 1e-20), expected).passed
+
+
+def test_short_chains_in_half_precision_are_allowed_for_only_when_declared() -> None:
+    tensor = random_tensor(PRESETS["vq-256x8"], 256, 2048)
+    x = tokens(2048).half()
+    products = x.float()[:, None] * tensor.decode(torch.float32)
+    sums = torch.zeros(*products.shape[:2], 256, dtype=torch.float16)
+    for step in products.unflatten(2, (256, 8)).unbind(3):
+        sums = (sums.float() + step).half()
+    out, expected = sums.float().sum(2), oracle.reference(tensor, x)
+    assert oracle.check(out, expected, weights="float16", chain=8).passed
+    assert not oracle.check(out, expected).passed
+    worst = [oracle.check(out, expected, weights="float16", chain=c).worst for c in (1, 8)]
+    assert worst[0] / worst[1] == pytest.approx(math.sqrt(8), rel=0.05)

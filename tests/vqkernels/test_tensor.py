@@ -284,3 +284,11 @@ def test_bias_and_bits() -> None:
     assert random_tensor(RICH, 12, 21).bias is None
     assert tensor.bits.weights == 12 * 21
     assert torch.equal(tensor.to("cpu").decode(), tensor.decode())
+
+
+def test_widened_codes_are_the_same_codes():
+    tensor = random_tensor(PRESETS["aqlm-1x16"], 64, 64, fit=False)
+    wide = tensor.widened()
+    assert (tensor.parts["codes"].dtype, wide.parts["codes"].dtype) == (torch.uint16, torch.int32)
+    assert torch.equal(wide.decode(), tensor.decode())
+    assert wide.parts["codebook_0"] is tensor.parts["codebook_0"]

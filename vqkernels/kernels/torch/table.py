@@ -1,8 +1,8 @@
 """table: dot products of x with every entry by one einsum, then one gather-and-sum a row.
 
-The plain torch form of the table method: `table: [columns, stages, entries, m]` in one fp32 product,
-then `embedding_bag` adds a row's looked-up words for all tokens at once. Codes are kept as int32
-rows of the table, 4 bytes a code.
+The plain torch form of the table method: `table: [columns, stages, entries, m]` in one product, in
+fp32; then `embedding_bag` adds a row's looked-up words for all tokens at once. Codes are kept as
+int32 rows of the table, 4 bytes a code.
 """
 
 from __future__ import annotations

@@ -1,0 +1,109 @@
+"""What a kernel is given and held to: a weight, tokens and references, and a guarded output."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from torch import Tensor
+
+from vqkernels import oracle
+from vqkernels.device import Device
+from vqkernels.kernel import Kernel
+from vqkernels.oracle import Reference
+from vqkernels.problem import Problem
+from vqkernels.tensor import QuantizedTensor
+
+__all__ = ["Buffer", "Subject", "make_subject"]
+
+# Out stands between guards of this many elements: a store past its end shows.
+_GUARD = 256
+_SENTINEL = 12345.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Subject:
+    """A weight and two batches of tokens with their references: what every kernel is held to.
+
+    Two, so that consecutive timed calls never see the same x. `tensor` is on the CPU, all else on
+    `place` (as torch names it), where outputs are compared too.
+    """
+
+    tensor: QuantizedTensor
+    problem: Problem
+    device: Device
+    xs: tuple[Tensor, Tensor]
+    references: tuple[Reference, Reference]
+    controls: dict[str, bool]
+    place: str
+    placed: QuantizedTensor
+
+    def source(self, kernel: Kernel) -> QuantizedTensor:
+        """The weight as `kernel` packs it: from `place` if it can, which saves minutes there."""
+        return self.placed if kernel.packs_anywhere else self.tensor
+
+
+def make_subject(
+    tensor: QuantizedTensor,
+    m: int,
+    device: Device,
+    *,
+    dtype: str = "float32",
+    seed: int = 0,
+    place: str | None = None,
+) -> Subject:
+    """A subject with normal activations; x is rounded to `dtype` before the reference sees it.
+
+    tensor: on the CPU. place: where arrays go, if not on the device (an interpreter of GPU
+    kernels has them on the CPU).
+    """
+    problem = Problem(
+        m=m,
+        n=tensor.n,
+        k=tensor.k,
+        spec=tensor.spec,
+        dtype=dtype,  # type: ignore[arg-type]  # Problem's Literal; the caller's choices are checked
+        bias=tensor.bias is not None,
+    )
+    place = place or device.torch_name
+    placed = tensor if place == "cpu" else tensor.widened().to(place)
+    # drawn on the CPU: the same tokens on every device
+    generator = torch.Generator().manual_seed(seed)
+    both = torch.randn(2 * m, tensor.k, generator=generator).to(problem.torch_dtype).to(place)
+    expected = oracle.reference(placed, both)
+    return Subject(
+        tensor=tensor,
+        problem=problem,
+        device=device,
+        xs=(both[:m].clone(), both[m:].clone()),
+        references=(expected.tokens(0, m), expected.tokens(m, 2 * m)),
+        controls=oracle.negative_controls(placed, both[:m]),
+        place=place,
+        placed=placed,
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Buffer:
+    """An output between guards, poisoned with NaN."""
+
+    whole: Tensor
+    out: Tensor
+
+    @classmethod
+    def make(cls, problem: Problem, place: str) -> Buffer:
+        """A buffer for a problem's y."""
+        size = problem.m * problem.n
+        whole = torch.full((size + 2 * _GUARD,), _SENTINEL, dtype=problem.torch_dtype, device=place)
+        buffer = cls(whole, whole[_GUARD : _GUARD + size].view(problem.m, problem.n))
+        buffer.poison()
+        return buffer
+
+    def poison(self) -> None:
+        """Fill what a kernel has to write."""
+        self.out.fill_(float("nan"))
+
+    def guards_hold(self) -> bool:
+        """Whether nothing was written beside it."""
+        guards = torch.cat([self.whole[:_GUARD], self.whole[-_GUARD:]])
+        return bool((guards == torch.tensor(_SENTINEL, dtype=guards.dtype)).all())

@@ -1,0 +1,217 @@
+"""Workers: processes that run tasks and may be killed, so that no task ends the run.
+
+A kernel may hang, end its process, or leave a GPU's context unusable. Each is that task's outcome,
+with the reason; the worker is replaced and the rest goes on.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import multiprocessing
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from multiprocessing.connection import Connection, wait
+from types import TracebackType
+from typing import Any, Literal
+
+__all__ = ["Outcome", "Pool", "Task"]
+
+# A fresh process has this long besides, to start and to import.
+START_S = 90.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """A call of `function`, by name importable in another process, with picklable arguments.
+
+    limit_s: where it isn't the pool's.
+    """
+
+    function: Callable[..., Any]
+    arguments: tuple[Any, ...] = ()
+    limit_s: float | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """How a task ended: its value where `status` is done, else a reason of one line.
+
+    status: `raised` (an exception), `died` (its process ended), `timeout`, or `unstarted` (the
+    pool's time was over).
+    """
+
+    task: Task
+    status: Literal["done", "raised", "died", "timeout", "unstarted"]
+    value: Any = None
+    reason: str = ""
+
+
+class Pool:
+    """`jobs` processes for tasks that each may take `limit_s`; `with` ends them all."""
+
+    def __init__(self, jobs: int, limit_s: float) -> None:
+        self._jobs, self._limit_s = jobs, limit_s
+        self._workers: list[_Worker] = []
+
+    def __enter__(self) -> Pool:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        while self._workers:
+            self._workers.pop().kill()
+
+    def run(self, tasks: Iterable[Task], until: float | None = None) -> Iterator[Outcome]:
+        """Outcomes as tasks end. A task is drawn when a worker is free, so it may depend on them.
+
+        until: on `time.monotonic`, when no more tasks are started.
+        """
+        waiting = iter(tasks)
+        more = True
+        while more or self._busy():
+            while more and len(self._busy()) < self._jobs:
+                task = next(waiting, None)
+                if task is None:
+                    more = False
+                elif until is not None and time.monotonic() >= until:
+                    yield Outcome(task, "unstarted", reason="the time for the run was over")
+                else:
+                    self._start(task)
+            yield from self._ended()
+
+    def _busy(self) -> list[_Worker]:
+        return [worker for worker in self._workers if worker.task is not None]
+
+    def _start(self, task: Task) -> None:
+        free = next((worker for worker in self._workers if worker.task is None), None)
+        if free is None:
+            free = _Worker()
+            self._workers.append(free)
+        free.start(task, task.limit_s or self._limit_s)
+
+    def _ended(self) -> list[Outcome]:
+        """What has ended by the time that something has, or that a limit is reached."""
+        busy = self._busy()
+        if not busy:
+            return []
+        soonest = min(worker.deadline for worker in busy)
+        wait([worker.pipe for worker in busy], max(0.0, soonest - time.monotonic()))
+        outcomes = []
+        for worker in busy:
+            outcome = worker.outcome()
+            if outcome is not None:
+                outcomes.append(outcome)
+            if not worker.usable:
+                worker.kill()
+                self._workers.remove(worker)
+        return outcomes
+
+
+class _Worker:
+    """One process and what it is at."""
+
+    def __init__(self) -> None:
+        context = multiprocessing.get_context("spawn")  # a forked CUDA context is unusable
+        self.pipe, theirs = context.Pipe()
+        self._process = context.Process(target=_serve, args=(theirs,), daemon=True)
+        self._process.start()
+        theirs.close()  # so that the pipe ends with the process
+        self._grace_s = START_S
+        self.task: Task | None = None
+        self.deadline = 0.0
+        self.usable = True
+
+    def start(self, task: Task, limit_s: float) -> None:
+        self.task = task
+        self.deadline = time.monotonic() + limit_s + self._grace_s
+        self._limit_s, self._grace_s = limit_s, 0.0
+        with contextlib.suppress(OSError):  # a process that has ended: `outcome` says so
+            self.pipe.send(task)
+
+    def outcome(self) -> Outcome | None:
+        """The task's outcome, once there is one."""
+        task = self.task
+        assert task is not None
+        if self.pipe.poll():
+            try:
+                status, value, self.usable = self.pipe.recv()
+            except (EOFError, OSError):
+                self.usable = False
+                return self._end(Outcome(task, "died", reason=self._why()))
+            reason = "" if status == "done" else value
+            return self._end(Outcome(task, status, value if status == "done" else None, reason))
+        if time.monotonic() < self.deadline:
+            return None
+        self.usable = False
+        return self._end(Outcome(task, "timeout", reason=f"not done after {self._limit_s:g} s"))
+
+    def _end(self, outcome: Outcome) -> Outcome:
+        self.task = None
+        return outcome
+
+    def _why(self) -> str:
+        """How the process ended, in words."""
+        self._process.join(10)
+        code = self._process.exitcode
+        if code is not None and code < 0:
+            return f"the process was ended by {signal.Signals(-code).name}"
+        return f"the process ended with exit code {code}"
+
+    def kill(self) -> None:
+        """End the process and what it started."""
+        self.pipe.close()
+        if self._process.pid is not None:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.kill()
+        self._process.join(10)
+
+
+def _serve(pipe: Connection) -> None:
+    """A worker's life: a task, its outcome, until the pipe ends or the GPU's context is lost."""
+    with contextlib.suppress(OSError):
+        os.setpgid(0, 0)  # a group of its own, so that compilers end with it
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    usable = True
+    while usable:
+        try:
+            task = pipe.recv()
+        except EOFError:
+            return
+        except Exception as error:  # what can't be imported here
+            pipe.send(("raised", _line(error), True))
+            continue
+        try:
+            message = ("done", task.function(*task.arguments))
+        except Exception as error:  # a task may fail in any way; the reason is its outcome
+            message = ("raised", _line(error))
+        usable = _gpu_answers()
+        try:
+            pipe.send((*message, usable))
+        except Exception as error:  # a value that can't be pickled
+            pipe.send(("raised", _line(error), usable))
+
+
+def _gpu_answers() -> bool:
+    """False after an error that every later CUDA call would report again."""
+    torch = sys.modules.get("torch")
+    if torch is None or not torch.cuda.is_initialized():
+        return True
+    try:
+        torch.cuda.synchronize()
+    except Exception:  # AcceleratorError or RuntimeError, by the version of torch
+        return False
+    return True
+
+
+def _line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0] if lines else 'no message'}"
