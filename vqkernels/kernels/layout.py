@@ -80,7 +80,9 @@ def arrays(tensor: QuantizedTensor, layout: str, problem: Problem) -> dict[str, 
     elif layout == "words":
         padding = 32 // code_bits(problem) * row_words(problem) - codes.shape[1]
         rows = functional.pad(codes.permute(2, 0, 1), (0, padding))
-        packed = rows.contiguous().view(torch.int32)
+        # flat: of an axis of one, torch keeps strides that no wider dtype divides
+        words = rows.contiguous().flatten().view(torch.int32)
+        packed = words.view(rows.shape[0], rows.shape[1], -1)
     else:
         packed = codes.contiguous()
     sets = {name: values.int() for name, values in pack_sets(tensor).items()}

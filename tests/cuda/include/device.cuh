@@ -161,7 +161,10 @@ inline u32 permute_bytes(u32 low, u32 high, u32 selector) {
     const u64 from = u64(high) << 32 | low;
     u32 result = 0;
     for (int i = 0; i < 4; i++) {
-        result |= (u32(from >> (8 * (selector >> (4 * i) & 7u))) & 0xffu) << (8 * i);
+        const u32 nibble = selector >> (4 * i);
+        const u32 byte = u32(from >> (8 * (nibble & 7u))) & 0xffu;
+        const u32 sign = byte & 0x80u ? 0xffu : 0u;
+        result |= (nibble & 8u ? sign : byte) << (8 * i);
     }
     return result;
 }

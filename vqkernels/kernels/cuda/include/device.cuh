@@ -178,9 +178,12 @@ VQ_INLINE u32 ballot(bool vote) { return __ballot_sync(ALL_LANES, vote); }
 
 // ------------------------------------------------------------------------------------------ bits
 
-// Byte i of the result is byte (selector >> 4i) & 7 of `high:low`.
+// Byte i of the result is byte (selector >> 4i) & 7 of `high:low`, or its sign bit eight times where
+// the fourth bit of that nibble is set. One instruction: __byte_perm clears that bit with another.
 VQ_INLINE u32 permute_bytes(u32 low, u32 high, u32 selector) {
-    return __byte_perm(low, high, selector);
+    u32 bytes;
+    asm("prmt.b32 %0, %1, %2, %3;" : "=r"(bytes) : "r"(low), "r"(high), "r"(selector));
+    return bytes;
 }
 // 32 bits of `high:low` from bit `shift & 31` on.
 VQ_INLINE u32 funnel(u32 low, u32 high, u32 shift) { return __funnelshift_r(low, high, shift); }
