@@ -50,10 +50,16 @@ class Case:
         return random_tensor(self.spec, self.n, self.k, seed=1, bias=self.bias, fit=False)
 
     def small(self) -> Case:
-        """The same format on a matrix that an interpreter gets through in a second."""
-        rotation, sides = self.spec.rotation_size, self.spec.side_columns
-        k = sides + rotation * -(-64 // rotation) if rotation else min(self.k, 101)
-        return dataclasses.replace(self, n=min(self.n, 37), k=k)
+        """The same format on a matrix that an interpreter gets through in a second.
+
+        Groups shrink with it, so that it still has several.
+        """
+        spec, rotation = self.spec, self.spec.rotation_size
+        k = spec.side_columns + rotation * -(-64 // rotation) if rotation else min(self.k, 101)
+        block = spec.vector_length * spec.stride
+        if spec.group_size > 16:
+            spec = dataclasses.replace(spec, group_size=-(-16 // block) * block)
+        return dataclasses.replace(self, spec=spec, n=min(self.n, 37), k=k)
 
 
 def conformance_cases() -> list[Case]:
