@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from autotune import memory
+from autotune import memory, workers
 from autotune.bandwidth import Bandwidth
 from autotune.measurement import Correctness, Measurement, Status, Timer, Timing
 from autotune.subject import Buffer, Subject, make_subject
@@ -87,11 +87,12 @@ def evaluate(
     bandwidth: Bandwidth | None = None,
     cold: bool = True,
     timer: Timer | None = None,
+    serves: bool = False,
 ) -> Measurement:
     """One attempt, whatever happens: a config that fails is a status, not an exception.
 
     config: the kernel's default where None. bandwidth: for the floor; no floor without it.
-    timer: the device's own where None.
+    timer: the device's own where None. serves: hold it to what `check` does besides.
     """
     (measured,) = evaluate_steps(
         [Step(kernel, subject, config)],
@@ -99,6 +100,7 @@ def evaluate(
         budget=budget,
         bandwidth=bandwidth,
         cold=cold,
+        serves=serves,
     )
     return measured
 
@@ -110,9 +112,7 @@ def check(kernel: Kernel, subject: Subject, config: Config | None = None) -> Mea
     """
     with _current(subject):
         try:
-            made = _make(Step(kernel, subject, config))
-            facts, _ = _facts([made])
-            _serves(made)
+            facts, _ = _facts([_make(Step(kernel, subject, config))], serves=True)
         except _EndError as end:
             return Measurement(status=end.status, reason=end.reason)
     return facts
@@ -125,6 +125,7 @@ def evaluate_steps(
     budget: Budget | None = None,
     bandwidth: Bandwidth | None = None,
     cold: bool = True,
+    serves: bool = False,
 ) -> list[Measurement]:
     """`steps` on one device, in order, as one call: a measurement for each of `timers`.
 
@@ -133,14 +134,17 @@ def evaluate_steps(
     budget = budget or Budget()
     with _current(steps[0].subject):
         try:
+            workers.step("compile")
             made = [_make(step) for step in steps]
-            facts, seconds = _facts(made)
+            workers.step("check")
+            facts, seconds = _facts(made, serves=serves)
         except _EndError as end:
             return [Measurement(status=end.status, reason=end.reason)] * len(timers)
         limit = budget.longest_call_s
         if limit is not None and seconds > limit:
             reason = f"right, but a call takes {seconds:.2g} s: none above {limit:g} s is timed"
             return [dataclasses.replace(facts, status="constraint", reason=reason)] * len(timers)
+        workers.step("time")
         return [_timed(made, facts, timer, budget, bandwidth, cold) for timer in timers]
 
 
@@ -213,9 +217,11 @@ def _same(one: Tensor, other: Tensor) -> bool:
     return torch.equal(one.flatten().view(torch.uint8), other.flatten().view(torch.uint8))
 
 
-def _facts(made: Sequence[_Made]) -> tuple[Measurement, float]:
+def _facts(made: Sequence[_Made], *, serves: bool) -> tuple[Measurement, float]:
     """Everything but samples, once each step has passed; and about how long a call takes."""
     verdicts = [_check(one) for one in made]
+    for one in made if serves else ():
+        _serves(one)
     peaks, seconds = zip(*(_peak(one) for one in made), strict=True)
     names = {name for one in made for name in one.subject.controls}
     facts = Measurement(

@@ -61,6 +61,15 @@ _ATTEMPTS = sa.Table(
     sa.Column("stamp", sa.JSON, nullable=False),
     sa.UniqueConstraint("subject", "kernel", "source", "config", "round"),
 )
+_VERDICTS = sa.Table(
+    "verdicts",
+    _METADATA,
+    sa.Column("id", sa.Integer, primary_key=True),
+    sa.Column("subject", sa.ForeignKey("subjects.id"), nullable=False),
+    sa.Column("verdict", sa.JSON, nullable=False),
+    sa.Column("made", sa.String(40), nullable=False),
+    sa.Column("stamp", sa.JSON, nullable=False),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -200,6 +209,19 @@ class Store:
         with self._transaction() as run:
             return {row.id: row.facts for row in run.execute(sa.select(_SUBJECTS))}
 
+    def conclude(self, subject: int, verdict: Mapping[str, Any]) -> None:
+        """Record what a tuning run decided on a subject; see `autotune.export`."""
+        row = {"subject": subject, "verdict": dict(verdict), "made": _now(), "stamp": self._stamp}
+        with self._transaction() as run:
+            run.execute(sa.insert(_VERDICTS).values(row))
+
+    def verdicts(self) -> list[dict[str, Any]]:
+        """The last verdict on each subject."""
+        newest = sa.select(sa.func.max(_VERDICTS.c.id)).group_by(_VERDICTS.c.subject)
+        query = sa.select(_VERDICTS.c.verdict).where(_VERDICTS.c.id.in_(newest))
+        with self._transaction() as run:
+            return list(run.execute(query.order_by(_VERDICTS.c.id)).scalars())
+
     def _mine(self) -> dict[str, str]:
         return {"owner": self._owner, "claimed": _now()}
 
@@ -208,7 +230,9 @@ class Store:
         where = [_ATTEMPTS.c[name] == value for name, value in _columns(subject, key).items()]
         with self._transaction() as run:
             row = run.execute(sa.select(_ATTEMPTS).where(*where)).mappings().one_or_none()
-            if row is None or row["status"] != "claimed" or _alive(row["owner"], row["claimed"]):
+            if row is None:  # it wasn't the attempt that was there already
+                raise ContainerError(f"store {self.url}: has no subject {subject}; name it first")
+            if row["status"] != "claimed" or _alive(row["owner"], row["claimed"]):
                 return None
             # the owner is asked for again, so that one alone of several takes it over
             taken = run.execute(

@@ -43,6 +43,8 @@ _SPIN_HZ = 2.2e9
 _LONGEST_SPIN_S = 2.0
 # Calls between two synchronisations: enough that one spin serves many, few enough to stop in time.
 _BATCH_CALLS, _BATCH_S = 16, 2e-3
+# Enough to tell that a config is several times too slow.
+_FEW_SAMPLES = 3
 # A replay is so long at least, so that the microseconds before its first kernel are nothing.
 _REPLAY_S = 1e-3
 
@@ -51,7 +53,8 @@ _REPLAY_S = 1e-3
 class Budget:
     """When to stop: after `max_samples`, or after `seconds` once `min_samples` are there.
 
-    longest_call_s: what takes longer is not timed at all.
+    longest_call_s: what takes longer is not timed at all. give_up_s: a call that was never faster
+    in its first samples is hopeless, and gets no more.
     """
 
     warmup_s: float = 0.05
@@ -59,6 +62,7 @@ class Budget:
     min_samples: int = 7
     max_samples: int = 200
     longest_call_s: float | None = None
+    give_up_s: float | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -179,6 +183,9 @@ def _warm_up(
 
 
 def _more(samples: list[float], budget: Budget, end: float) -> bool:
+    hopeless = budget.give_up_s is not None and min(samples, default=0.0) > budget.give_up_s
+    if hopeless and len(samples) >= _FEW_SAMPLES:
+        return False
     if len(samples) < budget.min_samples:
         return True
     return len(samples) < budget.max_samples and time.perf_counter() < end

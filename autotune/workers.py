@@ -8,32 +8,41 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import faulthandler
 import multiprocessing
 import os
 import signal
 import sys
+import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from multiprocessing.connection import Connection, wait
 from types import TracebackType
 from typing import Any, Literal
 
-__all__ = ["Outcome", "Pool", "Task"]
+__all__ = ["Outcome", "Pool", "Task", "step"]
+
+Status = Literal["done", "raised", "died", "timeout", "unstarted"]
 
 # A fresh process has this long besides, to start and to import.
 START_S = 90.0
+
+# Of what a process that died wrote to its standard streams.
+_LOG_BYTES = 4096
 
 
 @dataclasses.dataclass(frozen=True)
 class Task:
     """A call of `function`, by name importable in another process, with picklable arguments.
 
-    limit_s: where it isn't the pool's.
+    limit_s: where it isn't the pool's; of the time until the first `step`, if it names any.
+    limits: of each step by name, where it isn't the same.
     """
 
     function: Callable[..., Any]
     arguments: tuple[Any, ...] = ()
     limit_s: float | None = None
+    limits: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,13 +50,25 @@ class Outcome:
     """How a task ended: its value where `status` is done, else a reason of one line.
 
     status: `raised` (an exception), `died` (its process ended), `timeout`, or `unstarted` (the
-    pool's time was over).
+    pool's time was over). step: what it was at. log: the end of what the process wrote, where it
+    didn't live to say why.
     """
 
     task: Task
-    status: Literal["done", "raised", "died", "timeout", "unstarted"]
+    status: Status
     value: Any = None
     reason: str = ""
+    step: str = ""
+    log: str = ""
+
+
+def step(name: str) -> None:
+    """Say, from within a task, what it goes on to; that has a time limit of its own."""
+    if _parent is not None:
+        _parent.send(("step", name, True))
+
+
+_parent: Connection | None = None  # of a worker
 
 
 class Pool:
@@ -120,8 +141,10 @@ class _Worker:
 
     def __init__(self) -> None:
         context = multiprocessing.get_context("spawn")  # a forked CUDA context is unusable
+        self._log = tempfile.TemporaryFile()  # noqa: SIM115 (open as long as the process)
         self.pipe, theirs = context.Pipe()
-        self._process = context.Process(target=_serve, args=(theirs,), daemon=True)
+        log = f"/proc/{os.getpid()}/fd/{self._log.fileno()}"
+        self._process = context.Process(target=_serve, args=(theirs, log), daemon=True)
         self._process.start()
         theirs.close()  # so that the pipe ends with the process
         self._grace_s = START_S
@@ -133,6 +156,8 @@ class _Worker:
         self.task = task
         self.deadline = time.monotonic() + limit_s + self._grace_s
         self._limit_s, self._grace_s = limit_s, 0.0
+        self._step = ""
+        self._log.truncate(0)
         with contextlib.suppress(OSError):  # a process that has ended: `outcome` says so
             self.pipe.send(task)
 
@@ -140,22 +165,35 @@ class _Worker:
         """The task's outcome, once there is one."""
         task = self.task
         assert task is not None
-        if self.pipe.poll():
+        while self.pipe.poll():
             try:
                 status, value, self.usable = self.pipe.recv()
             except (EOFError, OSError):
                 self.usable = False
-                return self._end(Outcome(task, "died", reason=self._why()))
-            reason = "" if status == "done" else value
-            return self._end(Outcome(task, status, value if status == "done" else None, reason))
+                return self._end("died", reason=self._why())
+            if status == "step":
+                self._step, self._limit_s = value, task.limits.get(value, self._limit_s)
+                self.deadline = time.monotonic() + self._limit_s
+            elif status == "done":
+                return self._end("done", value=value)
+            else:
+                return self._end("raised", reason=value)
         if time.monotonic() < self.deadline:
             return None
         self.usable = False
-        return self._end(Outcome(task, "timeout", reason=f"not done after {self._limit_s:g} s"))
+        at = f"{self._step}: " if self._step else ""
+        return self._end("timeout", reason=f"{at}not done after {self._limit_s:g} s")
 
-    def _end(self, outcome: Outcome) -> Outcome:
-        self.task = None
-        return outcome
+    def _end(self, status: Status, value: Any = None, reason: str = "") -> Outcome:
+        task, self.task = self.task, None
+        assert task is not None
+        log = self._tail() if status in ("died", "timeout") else ""
+        return Outcome(task, status, value, reason, self._step, log)
+
+    def _tail(self) -> str:
+        size = self._log.seek(0, os.SEEK_END)
+        self._log.seek(max(0, size - _LOG_BYTES))
+        return self._log.read().decode(errors="replace").replace("\0", "").strip()
 
     def _why(self) -> str:
         """How the process ended, in words."""
@@ -173,12 +211,16 @@ class _Worker:
                 os.killpg(self._process.pid, signal.SIGKILL)
         self._process.kill()
         self._process.join(10)
+        self._log.close()
 
 
-def _serve(pipe: Connection) -> None:
+def _serve(pipe: Connection, log: str) -> None:
     """A worker's life: a task, its outcome, until the pipe ends or the GPU's context is lost."""
+    global _parent
+    _parent = pipe
     with contextlib.suppress(OSError):
         os.setpgid(0, 0)  # a group of its own, so that compilers end with it
+    _write_to(log)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
     usable = True
     while usable:
@@ -198,6 +240,16 @@ def _serve(pipe: Connection) -> None:
             pipe.send((*message, usable))
         except Exception as error:  # a value that can't be pickled
             pipe.send(("raised", _line(error), usable))
+
+
+def _write_to(log: str) -> None:
+    """Standard streams into the parent's file, at its end: what a crash says there is its log."""
+    with contextlib.suppress(OSError):
+        file = os.open(log, os.O_WRONLY | os.O_APPEND)
+        for stream in (1, 2):
+            os.dup2(file, stream)
+        os.close(file)
+    faulthandler.enable()
 
 
 def _gpu_answers() -> bool:

@@ -300,12 +300,13 @@ def test_more_shared_memory_than_a_block_has_is_refused_before_it_is_compiled(ha
 
 def test_a_call_that_is_right_but_too_long_is_not_timed(subject):
     def slow(packed, x, out):
-        time.sleep(0.02)
+        time.sleep(0.6)
         zoo.right(packed, x, out)
 
-    budget = dataclasses.replace(zoo.BUDGET, longest_call_s=0.01)
+    # far from what an honest call takes, however busy the machine is
+    budget = dataclasses.replace(zoo.BUDGET, longest_call_s=0.5)
     measured = attempt(zoo.make_kernel(slow), subject, budget=budget)
-    assert_refused(measured, "constraint", "right, but a call takes 0.0")
+    assert_refused(measured, "constraint", "right, but a call takes 0.6")
     assert measured.correctness is not None
     assert attempt(zoo.make_kernel(), subject, budget=budget).status == "ok"
 
@@ -433,7 +434,7 @@ def test_a_check_asks_for_the_same_bits_twice(subject):
     def drifting(packed, x, out):
         zoo.right(packed, x, out)
         calls.append(1)
-        out *= 1 + len(calls) * 1e-7
+        out *= 1 + len(calls) % 2 * 1e-6  # some ulps apart
 
     assert_refused(check(zoo.make_kernel(drifting), subject), "incorrect", "other bits")
     assert attempt(zoo.make_kernel(drifting), subject).status == "ok"  # within every bound

@@ -67,6 +67,11 @@ def test_an_attempt_is_made_once(url: str) -> None:
     assert one.claim(one.subject({"other": 1}), key()) is not None, "another subject"
 
 
+def test_a_subject_that_is_not_there(url: str) -> None:
+    with pytest.raises(ContainerError, match="has no subject 7"):
+        Store(url).claim(7, key())
+
+
 def test_a_claim_may_be_given_up(url: str) -> None:
     one = Store(url)
     subject = one.subject(FACTS)

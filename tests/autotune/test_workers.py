@@ -179,3 +179,38 @@ def test_a_task_may_have_a_limit_of_its_own():
         list(pool.run([Task(process_id)]))  # started: from here on the limit alone counts
         (hung,) = pool.run([Task(hang, limit_s=0.2)])
     assert (hung.status, hung.reason) == ("timeout", "not done after 0.2 s")
+
+
+def steps(pause_s=0.0):
+    workers.step("compile")
+    time.sleep(pause_s)
+    workers.step("time")
+    time.sleep(600)
+
+
+def talk_and_crash():
+    sys.stdout.write("said before it crashed\n")
+    sys.stdout.flush()
+    workers.step("check")
+    crash()
+
+
+def test_each_step_has_a_limit_of_its_own():
+    slow = Task(steps, (1.0,), limits={"compile": 60.0, "time": 0.3})
+    stuck = Task(steps, (600.0,), limits={"compile": 0.3, "time": 60.0})
+    first, second = run([slow, stuck])
+    assert (first.step, first.reason) == ("time", "time: not done after 0.3 s")
+    assert (second.step, second.reason) == ("compile", "compile: not done after 0.3 s")
+
+
+def test_what_a_process_said_before_it_died_is_its_log():
+    first, second, third = run([Task(talk_and_crash), Task(double, (1,)), Task(crash)])
+    assert (first.status, first.step) == ("died", "check")
+    assert first.log.startswith("said before it crashed")
+    assert "Segmentation fault" in first.log
+    assert second.log == ""
+    assert "said before" not in third.log
+
+
+def test_outside_a_worker_steps_are_nothing():
+    workers.step("compile")
