@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 
 from vqkernels.errors import SpecError
 
-__all__ = ["Layer", "Workload", "load_workload", "workload_names"]
+__all__ = ["Layer", "Workload", "load_workload", "parse_shape", "workload_names"]
 
 _FOLDER = Path(__file__).parent / "workloads"
 
@@ -44,6 +45,14 @@ class Workload:
     layers: tuple[Layer, ...]
     package: str | None = None
     file: str | None = None
+
+
+def parse_shape(text: str) -> Layer:
+    """The layer that `4096x11008` names: output features, input features. Raises SpecError."""
+    match = re.fullmatch(r"([1-9]\d{0,8})[xX×]([1-9]\d{0,8})", text, re.ASCII)
+    if match is None:
+        raise SpecError(f"shape {text!r}: write output x input features, such as 4096x11008")
+    return Layer(name=text, n=int(match[1]), k=int(match[2]))
 
 
 def workload_names() -> list[str]:

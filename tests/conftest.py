@@ -20,3 +20,6 @@ settings.load_profile("vqbench")
 
 # Before anything imports Triton: see tests/interpreter.py.
 os.environ["TRITON_INTERPRET"] = "1"
+
+# Kernels are what the code chooses, not what a developer's own tuned tables do.
+os.environ["VQBENCH_TUNED"] = "off"

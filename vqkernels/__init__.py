@@ -4,7 +4,7 @@ What a serving stack imports. It knows nothing of tuning or benchmarks, and impo
 no driver, CUDA, Triton or numba: a kernel's backend is imported when the registry is asked.
 """
 
-from vqkernels.dispatch import select, vq_linear
+from vqkernels.dispatch import select, use_tables, vq_linear
 from vqkernels.errors import (
     BackendError,
     ConfigError,
@@ -17,6 +17,7 @@ from vqkernels.errors import (
 from vqkernels.nn import VQLinear, replace_linears
 from vqkernels.parts import BitCount, effective_bits
 from vqkernels.spec import CodebookSpec
+from vqkernels.tuned_lookup import TunedTableWarning
 
 __all__ = [
     "BackendError",
@@ -26,12 +27,14 @@ __all__ = [
     "ContainerError",
     "SpecError",
     "TensorError",
+    "TunedTableWarning",
     "UnsupportedError",
     "VQLinear",
     "VqError",
     "effective_bits",
     "replace_linears",
     "select",
+    "use_tables",
     "vq_linear",
 ]
 

@@ -1,6 +1,7 @@
 """Which kernel serves a problem, and `vq_linear`: the product as an operator of torch.
 
-`select` walks `ORDER` and takes the first kernel that supports the problem. `vq_linear` is the
+`select` asks the tuned tables (tuned_lookup says which, in what order). Where none has a valid
+entry it walks `ORDER` and takes the first kernel that supports the problem. `vq_linear` is the
 custom operator `vqbench::vq_linear`: torch.compile sees one node with a fake implementation, and
 autograd has a gradient for x (grad_y times the decoded weight). An operator takes tensors, numbers
 and strings only, so a weight travels as its parts in `part_table`'s order (a bias last) beside its
@@ -17,11 +18,13 @@ import functools
 import json
 from collections.abc import Hashable, Sequence
 from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from vqkernels import tuned_lookup
 from vqkernels.device import Device, detect, detect_cpu
 from vqkernels.errors import BackendError, TensorError, UnsupportedError
 from vqkernels.kernel import Kernel, Packed, Registry, Run
@@ -33,7 +36,18 @@ from vqkernels.space import Config
 from vqkernels.spec import CodebookSpec
 from vqkernels.tensor import QuantizedTensor
 
-__all__ = ["ORDER", "Choice", "Regime", "apply_parts", "select", "spec_text", "vq_linear"]
+__all__ = [
+    "ORDER",
+    "Choice",
+    "Regime",
+    "apply_parts",
+    "default_choice",
+    "look_up",
+    "select",
+    "spec_text",
+    "use_tables",
+    "vq_linear",
+]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,11 +82,12 @@ ORDER = (
 
 @dataclasses.dataclass(frozen=True)
 class Choice:
-    """A kernel and config for a problem, and in a sentence why these."""
+    """A kernel and config for a problem, and in a sentence why these. table: what named them."""
 
     kernel: Kernel
     config: Config
     why: str
+    table: Path | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,22 +101,59 @@ class _Place:
 
 
 def select(problem: Problem, device: Device, registry: Registry | None = None) -> Choice:
-    """The kernel and config that serve `problem`: the first of `ORDER` that supports it.
+    """The kernel and config that serve `problem`: a tuned table's, or `default_choice`'s.
 
     Cached by problem and device, unless a registry other than the process's own is given. Raises
     BackendError, with every kernel's refusal, where none does.
     """
     if registry is not None:
-        return _select(problem, device, registry)
+        return look_up(problem, device, registry)[0]
     return _selected(problem, _Place(device))
 
 
 @functools.lru_cache(maxsize=4096)
 def _selected(problem: Problem, place: _Place) -> Choice:
-    return _select(problem, place.device, known_kernels())
+    return look_up(problem, place.device)[0]
 
 
-def _select(problem: Problem, device: Device, registry: Registry) -> Choice:
+def use_tables(path: str | Path | None) -> None:
+    """Look for tuned configs in `path` first, a table or a folder of them; None: no longer.
+
+    `"off"`: nowhere at all. Reads all tables again; a weight is packed again only where the choice
+    has changed.
+    """
+    tuned_lookup.set_explicit(path)
+    _selected.cache_clear()
+    _plan.cache_clear()
+
+
+def look_up(
+    problem: Problem, device: Device, registry: Registry | None = None
+) -> tuple[Choice, tuned_lookup.Answer]:
+    """As `select`, uncached, with what each tuned table said."""
+    found = registry or known_kernels()
+    default = default_choice(problem, device, found)
+
+    def default_of(other: Problem) -> tuple[Kernel, Config]:
+        choice = default if other == problem else default_choice(other, device, found)
+        return choice.kernel, choice.config
+
+    answer = tuned_lookup.find(problem, device, found, default_of)
+    if answer.choice is None:
+        ignored = answer.refusals
+        why = f"{default.why}; {ignored}" if ignored else default.why
+        return dataclasses.replace(default, why=why), answer
+    served = answer.findings[-1]
+    kernel, config = answer.choice
+    return Choice(kernel, config, str(served), served.path), answer
+
+
+def default_choice(problem: Problem, device: Device, registry: Registry | None = None) -> Choice:
+    """The first kernel of `ORDER` that supports `problem`, in its default config.
+
+    Raises BackendError, with every kernel's refusal, where none does.
+    """
+    registry = registry or known_kernels()
     regime = next(
         one
         for one in ORDER
@@ -245,9 +297,22 @@ def _plan(
     parsed, _ = _named(spec, n, k, bias)
     problem = Problem(m=m, n=n, k=k, spec=parsed, dtype=_DTYPES[dtype], bias=bias)
     device = _device(place, threads)
-    choice = select(problem, device)
-    run = choice.kernel.compile(choice.config, problem, device)
+    choice, run = _compiled(problem, device)
     return _Plan(problem, choice, run, (choice.kernel.id, choice.config, problem.dtype))
+
+
+def _compiled(problem: Problem, device: Device) -> tuple[Choice, Run]:
+    """The choice for a problem, compiled; the default where a table's doesn't compile."""
+    choice = select(problem, device)
+    try:
+        return choice, choice.kernel.compile(choice.config, problem, device)
+    except Exception as error:  # a compiler may fail in any way
+        if choice.table is None:
+            raise
+        text = f"{choice.kernel.id} doesn't compile ({tuned_lookup.one_line(error)})"
+        tuned_lookup.warn_once(choice.table, "compile", text)
+    choice = default_choice(problem, device)
+    return choice, choice.kernel.compile(choice.config, problem, device)
 
 
 _LINEAR = "(Tensor x, Tensor[] parts, str spec, int n, int k) -> Tensor"

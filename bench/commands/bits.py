@@ -5,14 +5,13 @@ from __future__ import annotations
 import dataclasses
 import fnmatch
 import math
-import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import click
 
 from bench.tables import OUTPUTS, render
-from bench.workload import Layer, load_workload
+from bench.workload import Layer, load_workload, parse_shape
 from vqkernels.errors import SpecError, UnsupportedError
 from vqkernels.parts import BitCount, check_fit, check_shape, code_grid, effective_bits
 from vqkernels.presets import PRESETS, parse_format
@@ -53,13 +52,7 @@ _BYTES = ("index_bytes", "codebook_bytes", "side_bytes", "bytes", "fp16_bytes")
 
 def _shapes(ctx: click.Context, param: click.Parameter, values: tuple[str, ...]) -> list[Layer]:  # noqa: ARG001  # click's signature
     """`NxK` (output x input features) as layers of that name."""
-    layers = []
-    for value in values:
-        match = re.fullmatch(r"([1-9]\d{0,8})[xX×]([1-9]\d{0,8})", value)
-        if match is None:
-            raise click.BadParameter(f"{value!r}; write output x input features, as 4096x11008")
-        layers.append(Layer(name=value, n=int(match[1]), k=int(match[2])))
-    return layers
+    return [parse_shape(value) for value in values]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, get_args
@@ -13,8 +12,9 @@ import click
 from autotune.inspection import Inspection, inspect_kernel, stand_in
 from bench.selection import matching_kernels
 from bench.tables import OUTPUTS, render
+from bench.workload import parse_shape
 from vqkernels.device import Device
-from vqkernels.errors import BackendError, ConfigError, SpecError
+from vqkernels.errors import BackendError, ConfigError
 from vqkernels.kernel import Kernel
 from vqkernels.parts import check_shape
 from vqkernels.presets import parse_format
@@ -102,15 +102,12 @@ def _interpreting() -> bool:
 
 def _problems(formats: Sequence[str], m: int, shape: str, dtype: Dtype) -> dict[str, Problem]:
     """A problem a format. Raises SpecError for a shape that is none, or doesn't suit a format."""
-    match = re.fullmatch(r"(\d{1,7})x(\d{1,7})", shape)
-    if not match:
-        raise SpecError(f"shape {shape!r}: give output and input features, such as 4096x11008")
-    n, k = int(match[1]), int(match[2])
+    layer = parse_shape(shape)
     problems = {}
     for name in formats:
         spec = parse_format(name)
-        check_shape(spec, n, k)
-        problems[name] = Problem(m=m, n=n, k=k, spec=spec, dtype=dtype)
+        check_shape(spec, layer.n, layer.k)
+        problems[name] = Problem(m=m, n=layer.n, k=layer.k, spec=spec, dtype=dtype)
     return problems
 
 

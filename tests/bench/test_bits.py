@@ -156,8 +156,6 @@ def test_table_shows_split_and_bytes() -> None:
     [
         (["-w", "toy", "-s", "8x8"], "either --workload NAME or --shape"),
         (["-s", "8x8", "--model"], "go with --workload"),
-        (["-s", "8by8"], "write output x input features"),
-        (["-s", "0x8"], "write output x input features"),
         (["-w", "toy", "-o", "xml"], "is not one of"),
     ],
 )
@@ -173,6 +171,8 @@ def test_usage(arguments: list[str], message: str) -> None:
         (["-w", "gpt-9"], "workload 'gpt-9' is unknown"),
         (["-w", "toy", "-l", "q_*"], "no layer matches q_*; there are: weight"),
         (["-s", "8x8", "-f", "none.toml"], "format file none.toml"),
+        (["-s", "8by8"], "shape '8by8': write output x input features"),
+        (["-s", "0x8"], "shape '0x8': write output x input features"),
     ],
 )
 def test_bad_names(arguments: list[str], message: str) -> None:

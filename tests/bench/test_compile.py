@@ -162,8 +162,8 @@ def test_kernels_without_programs_are_listed_with_the_reason() -> None:
     ("arguments", "message"),
     [
         (("--arch", "sm_12"), "architecture 'sm_12' is unknown; use one of sm_80"),
-        (("--shape", "4096"), "shape '4096': give output and input features"),
-        (("--shape", "0x64"), "both sides must be at least 1"),
+        (("--shape", "4096"), "shape '4096': write output x input features"),
+        (("--shape", "0x64"), "shape '0x64': write output x input features"),
         (("--format", "nope"), "format 'nope' is unknown"),
         (("--config", "warps"), "write key=value"),
         (("--config", "warps=3"), "warps=3 is not one of"),
