@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import itertools
 import os
 import time
 
@@ -55,13 +56,16 @@ def compile(config, problem, device):
     return run
 
 
+CALLS = itertools.count()
+
+
 def fail() -> None:
     raise ValueError("said by the kernel")
 
 
 def jitter(out) -> None:
-    """Within the bound: only the bits differ."""
-    out[0, 0] *= 1 + 1e-6 * (time.perf_counter_ns() % 7)
+    """Within the bound: only the bits differ, from one call to the next."""
+    out[0, 0] *= 1 + 1e-6 * (next(CALLS) % 2)
 
 
 BEFORE = {
