@@ -30,11 +30,11 @@ FAULTS = (
 SPACE = Space(
     params=(
         Param("fault", FAULTS, "what goes wrong"),
-        Param("delay_ms", (4, 2, 1), "slept in a call"),
+        Param("delay_ms", (40, 20, 10), "slept in a call"),
     ),
     constraints=(
         Constraint(
-            "each fault once", lambda c: c.text("fault") == "none" or c.number("delay_ms") == 1
+            "each fault once", lambda c: c.text("fault") == "none" or c.number("delay_ms") == 10
         ),
     ),
 )
@@ -97,7 +97,7 @@ KERNEL = Kernel(
     backend="test",
     space=SPACE,
     supports=lambda problem, device: None,
-    default=lambda problem, device: Config(fault="none", delay_ms=4),
+    default=lambda problem, device: Config(fault="none", delay_ms=40),
     footprint=footprint,
     pack=pack,
     compile=compile,
