@@ -15,6 +15,7 @@ from typing import Any, Protocol
 
 import vqkernels
 from autotune.measurement import Measurement
+from autotune.replay import Tried, save_cache, save_results
 from autotune.store import Store, subject_key
 from autotune.verdict import Judgement
 from vqkernels.atomic import write_atomically
@@ -27,6 +28,7 @@ from vqkernels.space import Config
 from vqkernels.tuned_table import Entry, Evidence, Pick, Table, TableDevice, load, stamp
 
 __all__ = [
+    "FORMATS",
     "attempt_rows",
     "collect",
     "conclude",
@@ -34,6 +36,7 @@ __all__ = [
     "flat_row",
     "merge",
     "without_origin",
+    "write_spaces",
     "write_table",
 ]
 
@@ -225,3 +228,47 @@ def _flat(prefix: str, fields: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
             yield from _flat(f"{prefix}{name}.", value)
         else:
             yield prefix + name, json.dumps(value) if isinstance(value, list | tuple) else value
+
+
+# ------------------------------------------------------------------------------------------------
+# other tools' formats
+
+FORMATS = ("kernel-tuner", "t4")
+
+
+def write_spaces(
+    store: Store, folder: Path, form: str, registry: Registry | None = None
+) -> list[Path]:
+    """Write the search of each subject and kernel as a file that other tools replay.
+
+    form: of `FORMATS`. The last source of a kernel alone, whose space is what it is now. Raises
+    ContainerError where a file can't be written.
+    """
+    found, paths = registry or known_kernels(), []
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ContainerError(f"{folder}: {error.strerror}; choose another folder") from error
+    for subject, facts in store.subjects().items():
+        tried: dict[str, list[Tried]] = {}
+        for one in store.attempts(subject):
+            kernel = found.kernels.get(one.key.kernel)
+            if kernel is not None and one.key.round == 0 and one.key.source == kernel.source_hash:
+                tried.setdefault(kernel.id, []).append(
+                    Tried(one.key.config, one.measurement, one.finished)
+                )
+        for kernel_id, attempts in tried.items():
+            path = folder / f"{kernel_id.replace('/', '-')}-{subject_key(facts)[:12]}.json"
+            if form == "t4":
+                save_results(path, attempts)
+            else:
+                save_cache(
+                    path,
+                    found[kernel_id].space,
+                    attempts,
+                    kernel=kernel_id,
+                    device=str(facts["device"]["name"]),
+                    problem=[facts["m"], facts["n"], facts["k"]],
+                )
+            paths.append(path)
+    return paths

@@ -28,11 +28,14 @@ def _json(store: Store) -> str:
 
 # What the attempts of a store can be written as: one text a store.
 _TEXTS: dict[str, Callable[[Store], str]] = {"csv": _csv, "json": _json}
+_FORMATS = ("table", *_TEXTS, *export.FORMATS)
 
 
 @click.command("export")
 @click.option("--to", help="user, package, or a path. A table: user; rows: standard output.")
-@click.option("--format", "form", type=click.Choice(["table", *_TEXTS]), default="table")
+@click.option(
+    "--format", "form", type=click.Choice(["table", *_TEXTS, *export.FORMATS]), default="table"
+)
 @click.option("--store", "url", help="Database URL; VQBENCH_STORE, or the user's SQLite file.")
 def command(to: str | None, form: str, url: str | None) -> None:
     """Write tuned tables, or every attempt of the store as rows.
@@ -44,11 +47,16 @@ def command(to: str | None, form: str, url: str | None) -> None:
     given; VQBENCH_TUNED, a file or a folder; the user's configuration folder (`--to user`); the
     package itself (`--to package`). Anything that doesn't fit the device, the kernels' sources or
     the compilers any more is passed over with a warning, and the default serves.
+
+    `kernel-tuner` and `t4` write a file for each product and kernel into the folder `--to` (named
+    after the format unasked): what those tools read, and what vqbench replays.
     """
     store = Store(url)
     try:
         if form == "table":
             _write_tables(store, to or "user")
+        elif form in export.FORMATS:
+            _write_spaces(store, to or form, form)
         else:
             _write_text(_TEXTS[form](store), to)
     finally:
@@ -68,6 +76,14 @@ def _write_tables(store: Store, to: str) -> None:
             f"{path}: {whole.device}: {len(whole.entries) - kept} configs faster than the "
             f"default, {kept} problems where it stays"
         )
+
+
+def _write_spaces(store: Store, to: str, form: str) -> None:
+    paths = export.write_spaces(store, Path(to), form)
+    if not paths:
+        raise ContainerError(f"store {store.url}: no attempts yet; run `vqbench tune` first")
+    for path in paths:
+        click.echo(path)
 
 
 def _paths(tables: list[Table], to: str) -> list[Path]:

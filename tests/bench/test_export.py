@@ -12,7 +12,8 @@ import pytest
 from click.testing import CliRunner, Result
 
 from autotune.export import conclude
-from autotune.measurement import Measurement
+from autotune.measurement import Correctness, Measurement
+from autotune.replay import load_cache, load_results
 from autotune.store import Key, Store
 from bench.cli import cli
 from vqkernels import tuned_lookup
@@ -122,3 +123,37 @@ def test_rows_need_a_file(url: str, tmp_path: Path) -> None:
     assert "--to package is for tables" in result.output
     result = run(url, "--format", "csv", "--to", str(tmp_path))
     assert "choose another file" in str(result.exception)
+
+
+@pytest.mark.parametrize(("form", "read"), [("kernel-tuner", load_cache), ("t4", load_results)])
+def test_what_was_searched_is_written_for_other_tools(form, read, url, tmp_path: Path) -> None:
+    kernel = registry()["numba/dequant"]
+    values = kernel.space.params[0].values
+    configs = [Config(**{kernel.space.params[0].name: value}) for value in values[:2]]
+    store = Store(url)
+    facts = {"device": {"name": "Test"}, "m": 1, "n": 64, "k": 128}
+    subject = store.subject(facts)
+    right = Correctness(worst=0.1, max_abs=0.0, relative_rms=0.0, controls={})
+    outcomes = (
+        Measurement(status="ok", samples_s=(2e-3, 3e-3, 4e-3), correctness=right),
+        Measurement(status="compile", reason="no"),
+    )
+    for config, outcome in zip(configs, outcomes, strict=True):
+        for source, round in ((kernel.source_hash, 0), (kernel.source_hash, 1), ("older", 0)):
+            claim = store.claim(subject, Key(kernel.id, source, config, round))
+            store.finish(claim, outcome if round == 0 else outcomes[1])
+    store.close()
+    result = run(url, "--format", form, "--to", str(tmp_path / "out"))
+    assert result.exit_code == 0, result.output
+    (path,) = (tmp_path / "out").iterdir()
+    assert result.stdout.strip() == str(path)
+    assert path.name.startswith("numba-dequant-")
+    recorded = read(path)
+    assert recorded.outcome(configs[0]).seconds == pytest.approx(3e-3)
+    failed = recorded.outcome(configs[1])
+    assert (failed.seconds, failed.status) == (None, "compile")
+
+
+def test_a_store_without_attempts_has_no_spaces(url, tmp_path: Path) -> None:
+    result = run(url, "--format", "t4", "--to", str(tmp_path / "out"))
+    assert "no attempts yet; run `vqbench tune` first" in str(result.exception)
