@@ -293,6 +293,7 @@ def _ordered(values: set[Value]) -> tuple[Value, ...]:
 
 def _value(value: Any) -> Value:
     """A parameter's value; fractions are taken as they are, and what isn't a number as text."""
+    # other projects' spaces hold fractions, ours do not: Value has no float
     return value if isinstance(value, int | float | str) else str(value)  # type: ignore[return-value]
 
 

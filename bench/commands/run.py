@@ -12,26 +12,20 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from autotune.bandwidth import Bandwidth, measure_bandwidth
-from autotune.timers import Budget, set_threads
+from autotune.timers import Budget
 from bench import report
+from bench.options import selecting, usual_dtype, where
 from bench.records import RecordFile
 from bench.run import Plan, failures, header, run_plan
 from bench.selection import DEFAULT, Selection, matching_kernels
 from bench.tables import OUTPUTS, render
-from vqkernels.device import Device, detect, detect_cpu
+from vqkernels.device import Device
 
 __all__ = ["command"]
 
 
 @click.command("run")
-@click.option("-w", "--workload", "workloads", multiple=True, help="Name, or a .toml file.")
-@click.option("-l", "--layer", "layers", multiple=True, help="Layers by glob, e.g. '*.query'.")
-@click.option("-f", "--format", "formats", multiple=True, help="Format, e.g. rq-2x256x8.")
-@click.option("-k", "--kernel", "kernels", multiple=True, help="Kernels by glob, e.g. 'numba/*'.")
-@click.option("-m", "ms", multiple=True, type=click.IntRange(1), help="Tokens; repeat for several.")
-@click.option("--device", default="auto", help="cpu, cuda, cuda:N, or the GPU if there is one.")
-@click.option("--threads", type=click.IntRange(1), help="CPU threads; all that may run here.")
-@click.option("--dtype", type=click.Choice(["float32", "float16", "bfloat16"]), help="Activations.")
+@selecting
 @click.option("--seed", default=0, help="Of activations, synthetic weights and the quantizer.")
 @click.option("--time", "seconds", default=0.1, help="Seconds of samples a case.")
 @click.option("--samples", default=200, type=click.IntRange(7), help="At most so many samples.")
@@ -62,22 +56,19 @@ def command(
     rq-2x256x8, and two layers of LLaMA-2 7B in every format of up to 256 entries. Records go to
     RESULTS/<device>/; the table to standard output. Ctrl-C keeps what is done.
     """
-    where = detect(device)
-    if where.kind == "cpu":
-        where = detect_cpu(threads)
-        set_threads(where.units)
+    chosen = where(device, threads)
     plan = Plan(
         selections=_selections(workloads, layers, formats, ms),
-        kernels=tuple(matching_kernels(kernels, where)),
-        device=where,
-        dtype=dtype or ("float32" if where.kind == "cpu" else "float16"),
+        kernels=tuple(matching_kernels(kernels, chosen)),
+        device=chosen,
+        dtype=dtype or usual_dtype(chosen),
         seed=seed,
         budget=Budget(seconds=seconds, max_samples=samples),
         cold=not hot,
     )
     # what is printed is data (names, reasons, paths): no markup, no emoji, no colours
     console = Console(stderr=True, markup=False, emoji=False, highlight=False)
-    records, path, interrupted = _execute(plan, results / where.slug, console)
+    records, path, interrupted = _execute(plan, results / chosen.slug, console)
     _print(records, output, all_layers=all_layers)
     _explain(records, path, console)
     if interrupted:

@@ -13,12 +13,13 @@ from autotune import tune as loop
 from autotune.bandwidth import measure_bandwidth
 from autotune.store import Store
 from autotune.strategies import DEFAULT, strategies
-from autotune.timers import Budget, set_threads
+from autotune.timers import Budget
 from bench import tuning
 from bench.environment import describe_host
+from bench.options import selecting, usual_dtype, where
 from bench.selection import Selection, matching_kernels
 from bench.tables import OUTPUTS, render
-from vqkernels.device import Device, detect, detect_cpu
+from vqkernels.device import Device
 
 __all__ = ["command"]
 
@@ -41,17 +42,10 @@ _COLUMNS = {
 
 
 @click.command("tune")
-@click.option("-w", "--workload", "workloads", multiple=True, help="Name, or a .toml file.")
-@click.option("-l", "--layer", "layers", multiple=True, help="Layers by glob, e.g. '*_proj'.")
-@click.option("-f", "--format", "formats", multiple=True, help="Format, e.g. aqlm-2x8.")
-@click.option("-k", "--kernel", "kernels", multiple=True, help="Kernels by glob, e.g. 'numba/*'.")
-@click.option("-m", "ms", multiple=True, type=click.IntRange(1), help="Tokens; repeat for several.")
-@click.option("--device", default="auto", help="cpu, cuda, cuda:N, or the GPU if there is one.")
-@click.option("--threads", type=click.IntRange(1), help="CPU threads; all that may run here.")
-@click.option("--dtype", type=click.Choice(["float32", "float16", "bfloat16"]), help="Activations.")
+@selecting
 @click.option("--attempts", default=100, type=click.IntRange(1), help="Configs tried a product.")
 @click.option("--minutes", type=float, help="At most so long a search.")
-@click.option("--strategy", default=DEFAULT, help="How to search; see `--help`'s end.")
+@click.option("--strategy", default=DEFAULT, type=click.Choice([*strategies()]), help="Of search.")
 @click.option("--pairs", default=7, type=click.IntRange(2), help="Of the confirmation.")
 @click.option("--time", "seconds", default=0.1, help="Seconds of samples an attempt.")
 @click.option("--seed", default=0, help="Of weights, tokens and the search.")
@@ -80,14 +74,9 @@ def command(
     Each attempt is checked against the oracle before it is timed, in a process that may crash or
     hang. The winner is held against the default in pairs of fresh processes; `vqbench export`
     writes what was faster into a table that vq_linear then uses. Run again, it goes on where it
-    ended. Strategies: auto, exhaustive, random, greedy_ils, genetic, surrogate, tpe.
+    ended.
     """
-    if strategy not in strategies():
-        raise click.BadParameter(f"{strategy!r} is none of {', '.join(strategies())}")
-    where = detect(device)
-    if where.kind == "cpu":
-        where = detect_cpu(threads)
-        set_threads(where.units)
+    chosen = where(device, threads)
     selections = [
         Selection(
             workload=name,
@@ -97,8 +86,8 @@ def command(
         )
         for name in workloads or ("llama2-7b",)
     ]
-    wanted = dtype or ("float32" if where.kind == "cpu" else "float16")
-    todo, refused = tuning.jobs(selections, where, wanted, seed=seed, cold=True)  # type: ignore[arg-type]  # click checked the choice
+    wanted = dtype or usual_dtype(chosen)
+    todo, refused = tuning.jobs(selections, chosen, wanted, seed=seed, cold=True)  # type: ignore[arg-type]  # click checked the choice
     plan = loop.Plan(
         strategy=strategy,
         seed=seed,
@@ -109,8 +98,8 @@ def command(
     console = Console(stderr=True, markup=False, emoji=False, highlight=False)
     for line in refused:
         console.print(f"! {line}", soft_wrap=True)
-    store = Store(url, stamp=describe_host(where))
-    done, interrupted = _run(todo, kernels, where, store, plan, Budget(seconds=seconds), console)
+    store = Store(url, stamp=describe_host(chosen))
+    done, interrupted = _run(todo, kernels, chosen, store, plan, Budget(seconds=seconds), console)
     click.echo(render(list(tuning.rows(done)), _COLUMNS, output))
     console.print(f"attempts: {store.url}; `vqbench export` makes them a tuned table")
     if interrupted:

@@ -180,9 +180,8 @@ def test_a_failed_attempt_gives_its_claim_back(store: Store) -> None:
 
 CHILD = """
 import sys, time
-from tests.autotune.test_tune import Recorded, arms, bowl, START
 from autotune.tune import tune
-from tests.autotune.test_tune import opened, plan
+from tests.autotune.test_tune import START, Recorded, arms, bowl, opened, plan
 
 class Slow(Recorded):
     def measure(self, *call):
@@ -235,7 +234,7 @@ def test_kills_lose_no_attempt_and_change_no_winner(tmp_path: Path, kills: int) 
 # a space of faults, in real processes
 
 
-def test_the_right_winner_among_all_faults(store: Store, monkeypatch) -> None:
+def test_the_right_winner_among_all_faults(store: Store) -> None:
     recipe = Recipe(spec=PRESETS["rq-2x256x8"], n=64, k=64, m=2, threads=1)
     name = "tests.autotune.faulty:KERNEL"
     space = enumerate_space(faulty.SPACE)

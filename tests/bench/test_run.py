@@ -65,10 +65,8 @@ def kernels(monkeypatch):
 @pytest.fixture
 def run(tmp_path, monkeypatch, kernels):
     """`vqbench run` on a machine with small caches; the records' folder is `tmp_path/results`."""
-    monkeypatch.setattr(command, "detect", lambda kind: zoo.DEVICE)
-    monkeypatch.setattr(command, "detect_cpu", lambda threads: zoo.DEVICE)
+    monkeypatch.setattr(command, "where", lambda device, threads: zoo.DEVICE)
     monkeypatch.setattr(command, "Budget", functools.partial(Budget, warmup_s=0.001))
-    monkeypatch.setattr(command, "set_threads", lambda threads: None)
     monkeypatch.setattr(command, "measure_bandwidth", lambda device: Bandwidth(5e17, 1e18, 1))
 
     def invoke(*words):
@@ -275,10 +273,10 @@ def test_a_folder_in_the_way_is_one_line(run, workload, tmp_path):
 def test_the_entry_point_makes_one_line_and_exit_code_2_of_an_error(
     monkeypatch, capsys, kernels, error
 ):
-    def fail(kind):
+    def fail(device, threads):
         raise error
 
-    monkeypatch.setattr(command, "detect", fail)
+    monkeypatch.setattr(command, "where", fail)
     monkeypatch.setattr(sys, "argv", ["vqbench", "run"])
     with pytest.raises(SystemExit) as ended:
         main()

@@ -75,7 +75,7 @@ class Untouched:
 def test_an_unknown_strategy(tmp_path: Path) -> None:
     result = run("--strategy", "guessing", "--store", f"sqlite:///{tmp_path / 'x'}")
     assert result.exit_code == 2
-    assert "'guessing' is none of" in result.output
+    assert "'guessing' is not one of" in result.output
     assert "random" in result.output
 
 

@@ -182,7 +182,7 @@ def passes(kernel: Kernel, case: Case, m: int, how: str) -> bool:
     x = torch.randn(m, case.k, generator=torch.Generator().manual_seed(0)).half()
     out = torch.full((m, case.n), float("nan"), dtype=torch.float16)
     run(broken(packed, how), x, out)
-    rounded = "float16" if kernel.rounds_weights else problem.rounded_to
+    rounded = kernel.rounds_to(problem)
     return oracle.check(out, oracle.reference(case.tensor, x), weights=rounded).passed
 
 

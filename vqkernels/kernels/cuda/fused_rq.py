@@ -21,8 +21,8 @@ SPACE = Space(
 
 
 def supports(problem: Problem, device: Device) -> str | None:
-    """What every CUDA kernel takes."""
-    return product.unsupported(problem, device)
+    """What every CUDA kernel takes, up to 65,535 tokens."""
+    return product.unsupported_product(problem, device)
 
 
 def default(problem: Problem, device: Device) -> Config:

@@ -30,6 +30,7 @@ __all__ = [
     "spans",
     "types",
     "unsupported",
+    "unsupported_product",
 ]
 
 Compile = Callable[[Config, Problem, Device], Run]
@@ -37,6 +38,7 @@ Compile = Callable[[Config, Problem, Device], Run]
 # A vector lives in registers, fp32, for each row and token that a thread has in hand.
 LONGEST = 32
 MOST_STAGES = 4
+MOST_TOKENS = 65_535  # blocks along y, on every architecture
 
 _TYPES = {
     torch.float32: "float",
@@ -59,6 +61,15 @@ def unsupported(problem: Problem, device: Device) -> str | None:
     if len(problem.spec.stages) > MOST_STAGES:
         return f"{len(problem.spec.stages)} stages: the kernels unroll up to {MOST_STAGES}"
     return None
+
+
+def unsupported_product(problem: Problem, device: Device) -> str | None:
+    """As `unsupported`, of the kernels whose grid has tokens on its second axis."""
+    if problem.m > MOST_TOKENS:
+        return (
+            f"{problem.m:,} tokens: a grid's second axis ends at {MOST_TOKENS:,}; use cuda/dequant"
+        )
+    return unsupported(problem, device)
 
 
 def types(problem: Problem, code_layout: str, parts: int) -> dict[str, str]:

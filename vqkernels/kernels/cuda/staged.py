@@ -38,7 +38,6 @@ SPACE = Space(
 )
 
 _BARRIER_BYTES = 16  # behind the codebooks: the copy engine's barrier
-_BLOCKS = (64, 128, 132, 264, 528, 1056, 4096)
 
 
 def shared_bytes(config: Config, problem: Problem) -> int:
@@ -51,7 +50,7 @@ def shared_bytes(config: Config, problem: Problem) -> int:
 
 def supports(problem: Problem, device: Device) -> str | None:
     """Codebooks that fit the shared memory of a block."""
-    if reason := product.unsupported(problem, device):
+    if reason := product.unsupported_product(problem, device):
         return reason
     books = product.book_entries(problem) * product.entry_bytes(problem) + _BARRIER_BYTES
     if device.shared_bytes is not None and books > device.shared_bytes:
@@ -74,7 +73,7 @@ def default(problem: Problem, device: Device) -> Config:
     )
     if shared_bytes(base, problem) > room:
         base = base.replace(replicas=1)
-    blocks = min(_BLOCKS, key=lambda count: abs(count - 2 * device.units))
+    blocks = min(sweep.BLOCKS, key=lambda count: abs(count - 2 * device.units))
     return base.replace(warps=8, blocks=blocks)
 
 

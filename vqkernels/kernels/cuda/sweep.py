@@ -12,16 +12,18 @@ from vqkernels.parts import code_grid
 from vqkernels.problem import Problem
 from vqkernels.space import Config, Constraint, Param
 
-__all__ = ["PARAMS", "REGISTERS", "defaults", "parts", "program"]
+__all__ = ["BLOCKS", "PARAMS", "REGISTERS", "defaults", "parts", "program"]
 
 WARP = 32
+
+BLOCKS = (64, 128, 132, 264, 528, 1056, 4096)
 
 PARAMS = (
     Param("tokens", (1, 2, 4, 8), "tokens that share a decode"),
     Param("rows", (1, 2, 4, 8), "rows of codes a warp has in hand"),
     Param("splits", (1, 2, 4, 8, 16, 32), "spans of k summed apart"),
     Param("warps", (1, 2, 4, 8, 16), "warps a block"),
-    Param("blocks", (64, 128, 132, 264, 528, 1056, 4096), "at most so many blocks along the rows"),
+    Param("blocks", BLOCKS, "at most so many blocks along the rows"),
 )
 
 # A sum a row and token along in, and `vector_length` along out; x of every token, a vector each.

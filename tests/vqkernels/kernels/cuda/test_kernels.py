@@ -266,7 +266,7 @@ def test_damaged_weights_are_seen(kernel: str, monkeypatch: pytest.MonkeyPatch) 
     run, packed = prepare(one, problem, HOPPER, CONTROL.tensor)
     x = torch.randn(2, CONTROL.k, generator=torch.Generator().manual_seed(5)).half()
     expected = oracle.reference(CONTROL.tensor, x)
-    rounded = problem.dtype if one.rounds_weights else problem.rounded_to
+    rounded = one.rounds_to(problem)
 
     def passed() -> bool:
         out = torch.full((2, CONTROL.n), float("nan"), dtype=x.dtype)
@@ -298,6 +298,27 @@ def test_what_is_not_finite_stays_with_its_token(kernel, bad, monkeypatch) -> No
     assert finite[0].all()
     assert finite[2].all()
     assert not finite[1].any()
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_every_order_of_threads_gives_the_same_bits(kernel, monkeypatch) -> None:
+    case = Case("aligned", CONTROL.spec, CONTROL.n, 400)
+    problem = Problem(m=2, n=case.n, k=case.k, spec=case.spec, dtype="float16")
+    build([Trial(kernel, case, 2)], monkeypatch)
+    x, outs = torch.randn(2, case.k).half(), []
+    for seed in harness.ORDERS:
+        use(harness.launcher(counting=False, seed=seed), monkeypatch)
+        run, packed = prepare(KERNELS[kernel], problem, HOPPER, case.tensor)
+        outs.append(torch.empty(2, case.n).half())
+        run(packed, x, outs[-1])
+    assert all(torch.equal(out, outs[0]) for out in outs)
+
+
+def test_more_tokens_than_a_grid_holds() -> None:
+    problem = Problem(m=65_536, n=CONTROL.n, k=CONTROL.k, spec=CONTROL.spec, dtype="float16")
+    refusals = {name: kernel.supports(problem, HOPPER) for name, kernel in KERNELS.items()}
+    assert refusals.pop("cuda/dequant") is None
+    assert all(text and text.startswith("65,536 tokens") for text in refusals.values())
 
 
 def test_views_that_begin_anywhere(monkeypatch: pytest.MonkeyPatch) -> None:
