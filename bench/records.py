@@ -10,7 +10,9 @@ import contextlib
 import dataclasses
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+import signal
+import threading
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import datetime
 from io import FileIO
 from pathlib import Path
@@ -58,7 +60,7 @@ class RecordFile:
     """A results file being written: `run.write(case, measurement)` adds a line.
 
     header: fields that every record carries (argv, host, device, versions). kind: what the file's
-    name ends in: the command.
+    name ends in: the command. records: what the file holds, also after an interrupt.
     """
 
     def __init__(self, folder: Path, header: Mapping[str, Any], kind: str = "run") -> None:
@@ -66,7 +68,7 @@ class RecordFile:
         self._kind = kind
         self.path = folder / f"{stamp:%Y%m%dT%H%M%S}-{kind}.jsonl"
         self._header = {"schema": SCHEMA_VERSION, **header}
-        self._count = 0
+        self.records: list[dict[str, Any]] = []
         try:
             folder.mkdir(parents=True, exist_ok=True)
             self._file = self._create(folder, stamp)
@@ -96,14 +98,23 @@ class RecordFile:
         trace: TracebackType | None,
     ) -> None:
         self._file.close()
-        if self._count == 0:
+        if not self.records:
             self.path.unlink()
 
     def write(
         self, case: Case, measurement: Measurement, state: Mapping[str, Any]
     ) -> dict[str, Any]:
-        """Append one record and return it. `state`: of the device, before and after."""
-        number = self._count + 1
+        """Append one record and return it. `state`: of the device, before and after.
+
+        Ctrl-C waits until the line is whole and counted.
+        """
+        with _uninterrupted():
+            return self._append(case, measurement, state)
+
+    def _append(
+        self, case: Case, measurement: Measurement, state: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        number = len(self.records) + 1
         record = {
             **self._header,
             "id": f"{self.path.stem}/{number}",
@@ -125,8 +136,27 @@ class RecordFile:
                 f"{self.path}: record {number} can't be written: {error.strerror}; "
                 f"the records before it are kept; free space or use --results"
             ) from error
-        self._count = number
+        self.records.append(record)
         return record
+
+
+@contextlib.contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Ctrl-C within takes effect at the end: between a write and its bookkeeping, records are lost.
+
+    Python delivers signals to the main thread alone; elsewhere there is nothing to hold back.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    caught: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, _: caught.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if caught:
+        signal.raise_signal(signal.SIGINT)
 
 
 def _plain(value: object) -> object:

@@ -137,7 +137,6 @@ def _execute(
         soft_wrap=True,
     )
     share = _CORRECTNESS_SHARE if plan.checked and plan.timed else 1.0
-    records: list[dict[str, Any]] = []
     columns = (TextColumn("{task.completed} cases"), BarColumn(), TimeElapsedColumn())
     with (
         RecordFile(
@@ -161,12 +160,11 @@ def _execute(
                 yield from gpu_check.timing(plan, bandwidth, file, start + seconds, tell)
 
         try:
-            for record in parts():
-                records.append(record)
+            for _ in parts():
                 bar.advance(task)
         except KeyboardInterrupt:
-            return records, file.path, True
-    return records, file.path, False
+            return file.records, file.path, True
+    return file.records, file.path, False
 
 
 def _print(records: list[dict[str, Any]], output: str) -> None:

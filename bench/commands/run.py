@@ -108,7 +108,6 @@ def _execute(plan: Plan, folder: Path, console: Console) -> tuple[list[dict[str,
     console.print(_opening(plan.device), soft_wrap=True)
     bandwidth = measure_bandwidth(plan.device)
     console.print(_memory_line(bandwidth), soft_wrap=True)
-    records: list[dict[str, Any]] = []
     with (
         RecordFile(folder, header(plan.device, bandwidth, plan.budget)) as file,
         Progress(
@@ -122,14 +121,13 @@ def _execute(plan: Plan, folder: Path, console: Console) -> tuple[list[dict[str,
     ):
         task = bar.add_task("starting", total=size)
         try:
-            for record in run_plan(
+            for _ in run_plan(
                 plan, bandwidth, file, lambda text: bar.update(task, description=text)
             ):
-                records.append(record)
                 bar.advance(task)
         except KeyboardInterrupt:
-            return records, file.path, True
-    return records, file.path, False
+            return file.records, file.path, True
+    return file.records, file.path, False
 
 
 def _opening(device: Device) -> str:

@@ -2,9 +2,11 @@ import errno
 import json
 import math
 import os
+import signal
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from io import FileIO
 from pathlib import Path
 
 import pytest
@@ -115,6 +117,30 @@ def test_an_interrupted_run_keeps_what_it_measured(tmp_path):
         run()
     (path,) = tmp_path.iterdir()
     assert len(read_records(path)) == 1
+
+
+class Interrupting(FileIO):
+    """Ctrl-C arrives within each write, which writes at most 100 bytes."""
+
+    def write(self, data):
+        signal.raise_signal(signal.SIGINT)
+        return super().write(data[:100])
+
+
+def test_an_interrupt_within_a_write_comes_when_the_line_is_whole(tmp_path, monkeypatch):
+    monkeypatch.setattr(records, "FileIO", Interrupting)
+    with pytest.raises(KeyboardInterrupt), RecordFile(tmp_path, HEADER) as file:
+        file.write(make_case(), OK, STATE)
+    (record,) = read_records(file.path)
+    assert json.loads(json.dumps(file.records, default=dict)) == [record]
+    with pytest.raises(KeyboardInterrupt):  # Ctrl-C works as before
+        signal.raise_signal(signal.SIGINT)
+
+
+def test_records_are_written_from_any_thread(tmp_path):
+    with RecordFile(tmp_path, HEADER) as file, ThreadPoolExecutor(1) as pool:
+        pool.submit(file.write, make_case(), OK, STATE).result()
+    assert len(read_records(file.path)) == 1
 
 
 def test_an_empty_run_leaves_no_file(tmp_path):
