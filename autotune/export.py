@@ -92,7 +92,6 @@ def conclude(
         n=problem.n,
         k=problem.k,
         dtype=problem.dtype,
-        bias=problem.bias,
         m=problem.m,
         chosen=chosen,
         default=default,
@@ -143,7 +142,7 @@ def _made(entry: Entry) -> datetime:
 
 def _order(entry: Entry) -> tuple[Any, ...]:
     spec = json.dumps(entry.spec.to_dict(), sort_keys=True)
-    return spec, entry.n, entry.k, entry.dtype, entry.bias, entry.m
+    return spec, entry.n, entry.k, entry.dtype, entry.m
 
 
 def without_origin(table: Table) -> Table:

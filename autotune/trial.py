@@ -2,31 +2,34 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import dataclasses
 import functools
-import importlib
 import os
 import resource
-from collections.abc import Mapping
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from autotune import workers
+from autotune.ahead import Ahead, Cores, divide
 from autotune.bandwidth import Bandwidth
 from autotune.evaluate import evaluate
-from autotune.measurement import Measurement
+from autotune.measurement import Measurement, Status
 from autotune.subject import Subject, make_subject
 from autotune.timers import Budget, set_threads
 from autotune.workers import Outcome, Pool, Task
 from vqkernels.device import Device, detect, detect_cpu
-from vqkernels.kernel import Kernel, registry
+from vqkernels.kernel import find_kernel
 from vqkernels.problem import Dtype, Problem
 from vqkernels.space import Config
 from vqkernels.spec import CodebookSpec
 from vqkernels.tensor import random_tensor
 
-__all__ = ["LIMITS", "Processes", "Recipe", "find_kernel"]
+__all__ = ["LIMITS", "Processes", "Recipe"]
 
 # Seconds of each step. A numba kernel compiles in 1 to 3 s, a Triton kernel of 4 stages in 20.
 LIMITS = {"subject": 300.0, "compile": 120.0, "check": 60.0, "time": 60.0}
@@ -69,7 +72,10 @@ class Recipe:
 
 
 class Processes:
-    """Evaluates in a worker process of its own, which is replaced when a config ends it."""
+    """Evaluates in a worker process of its own, which is replaced when a config ends it.
+
+    spent_s: seconds of each step (subject, compile, check, time) of all attempts so far.
+    """
 
     def __init__(
         self,
@@ -81,6 +87,11 @@ class Processes:
     ) -> None:
         self._recipe, self._budget, self._bandwidth = recipe, budget or Budget(), bandwidth
         self._limits = limits
+        self.spent_s: dict[str, float] = collections.defaultdict(float)
+        where = recipe.where()
+        self._cores = divide(where)
+        self._ahead = Ahead(recipe.problem, where, self._cores.compiling, limits["compile"])
+        self._folder = tempfile.TemporaryDirectory(prefix="vqbench-")
         self._pool = self._open()
 
     def __enter__(self) -> Processes:
@@ -88,20 +99,41 @@ class Processes:
 
     def __exit__(self, *_: object) -> None:
         self._pool.__exit__(None, None, None)
+        self._ahead.__exit__(None, None, None)
+        self._folder.cleanup()
 
     def fresh(self) -> None:
         """Go on in a process that has run nothing yet."""
         self._pool.__exit__(None, None, None)
         self._pool = self._open()
 
+    def coming(self, choices: Sequence[tuple[str, Config]]) -> None:
+        """What will be measured next: it compiles while something else is timed."""
+        self._ahead.tell(choices)
+
     def measure(
         self, kernel: str, config: Config, give_up_s: float | None = None
     ) -> tuple[Measurement, str]:
         """One attempt, and what its process left behind if it died over it."""
+        begun = time.monotonic()
+        compiled = self._ahead.outcome(kernel, config)
+        self.spent_s["compile"] += time.monotonic() - begun
+        if compiled is not None and compiled.status != "done":
+            return Measurement(status=_failed(compiled), reason=compiled.reason), compiled.log
         budget = dataclasses.replace(self._budget, give_up_s=give_up_s)
-        arguments = (self._recipe, kernel, dict(config), budget, self._bandwidth)
-        task = Task(_attempt, arguments, self._limits["subject"], self._limits)
+        plan = _Attempt(
+            recipe=self._recipe,
+            kernel=kernel,
+            config=config,
+            budget=budget,
+            bandwidth=self._bandwidth,
+            kept=Path(self._folder.name) / "answers.safetensors",
+            cores=self._cores,
+        )
+        task = Task(_attempt, (plan,), self._limits["subject"], self._limits)
         (outcome,) = self._pool.run([task])
+        for step, seconds in outcome.steps_s.items():
+            self.spent_s[step] += seconds
         return _measurement(outcome), outcome.log
 
     def _open(self) -> Pool:
@@ -113,51 +145,52 @@ def _measurement(outcome: Outcome) -> Measurement:
     if outcome.status == "done":
         found: Measurement = outcome.value
         return found
+    return Measurement(status=_failed(outcome), reason=outcome.reason)
+
+
+def _failed(outcome: Outcome) -> Status:
     if outcome.status == "timeout":
-        return Measurement(status="timeout", reason=outcome.reason)
-    if outcome.step == "compile":
-        return Measurement(status="compile", reason=outcome.reason)
-    return Measurement(status="runtime", reason=outcome.reason)
+        return "timeout"
+    return "compile" if outcome.step == "compile" else "runtime"
 
 
-def find_kernel(name: str) -> Kernel:
-    """A kernel of the registry by id, or anyone's as `module:attribute`."""
-    if ":" not in name:
-        return registry()[name]
-    module, _, attribute = name.partition(":")
-    kernel: Kernel = getattr(importlib.import_module(module), attribute)
-    return kernel
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Attempt:
+    """What another process needs to know. kept: see `make_subject`."""
+
+    recipe: Recipe
+    kernel: str
+    config: Config
+    budget: Budget
+    bandwidth: Bandwidth | None
+    kept: Path
+    cores: Cores
 
 
-def _attempt(
-    recipe: Recipe,
-    kernel: str,
-    config: dict[str, Any],
-    budget: Budget,
-    bandwidth: Bandwidth | None,
-) -> Measurement:
+def _attempt(one: _Attempt) -> Measurement:
     workers.step("subject")
-    subject = _subject(recipe)
+    subject = _subject(one.recipe, one.kept, one.cores)
     return evaluate(
-        find_kernel(kernel),
+        find_kernel(one.kernel),
         subject,
-        config=Config(**config),
-        budget=budget,
-        bandwidth=bandwidth,
-        cold=recipe.cold,
+        config=one.config,
+        budget=one.budget,
+        bandwidth=one.bandwidth,
+        cold=one.recipe.cold,
         serves=True,
     )
 
 
 @functools.lru_cache(maxsize=1)
-def _subject(recipe: Recipe) -> Subject:
-    """Made once a process: the reference of a large layer takes seconds."""
+def _subject(recipe: Recipe, kept: Path, cores: Cores) -> Subject:
+    """Made once a process."""
+    os.sched_setaffinity(0, cores.timing)
     device = recipe.where()
     if device.kind == "cpu":
         set_threads(device.units)
         _limit_memory(device)
     tensor = random_tensor(recipe.spec, recipe.n, recipe.k, seed=recipe.seed)
-    return make_subject(tensor, recipe.m, device, dtype=recipe.dtype, seed=recipe.seed)
+    return make_subject(tensor, recipe.m, device, dtype=recipe.dtype, seed=recipe.seed, kept=kept)
 
 
 def _limit_memory(device: Device) -> None:

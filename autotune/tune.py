@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import itertools
 import statistics
 import time
 import zlib
@@ -37,6 +38,8 @@ _BEHIND, _FIRST = 1.5, 8
 _HOPELESS = 3.0
 # Finalists closer than this are tied: what two runs of one config differ by on a quiet machine.
 _TIE = 1.02
+# Configs of an arm that are named in advance, to be compiled while others are timed.
+_AHEAD = 4
 # How long another process that makes an attempt is waited for between two looks.
 _LOOK_S = 0.2
 
@@ -48,6 +51,9 @@ class Evaluator(Protocol):
         self, kernel: str, config: Config, give_up_s: float | None = None
     ) -> tuple[Measurement, str]:
         """One attempt, and its log."""
+
+    def coming(self, choices: Sequence[tuple[str, Config]]) -> None:
+        """What will be measured next, as far as that is known."""
 
     def fresh(self) -> None:
         """Go on in a process that has run nothing yet."""
@@ -172,11 +178,18 @@ class _Loop:
     ) -> None:
         self.evaluator, self._store, self._subject = evaluator, store, subject
         self._progress = progress
+        self._told: set[Choice] = set()
         self.best: Choice | None = None
         self.best_s: float | None = None
 
     def known(self, key: Key) -> bool:
         return self._store.find(self._subject, key) is not None
+
+    def coming(self, choices: Sequence[Choice]) -> None:
+        new = [one for one in choices if one not in self._told]
+        self._told.update(new)
+        unknown = [one for one in new if not self.known(one.key())]
+        self.evaluator.coming([(one.kernel, one.config) for one in unknown])
 
     def attempt(self, choice: Choice, round: int = 0, give_up_s: float | None = None) -> Attempt:
         """The attempt of `choice` in `round`, made once whoever asks."""
@@ -231,6 +244,11 @@ class _Running:
             self._begun, self._batch, self._outcomes = True, list(batch), []
         return None if self.exhausted else self._batch[len(self._outcomes)]
 
+    def asked(self) -> list[Choice]:
+        """The next configs of the batch that the strategy has asked for."""
+        start = len(self._outcomes)
+        return [self.arm.choice(config) for config in self._batch[start : start + _AHEAD]]
+
     def tell(self, config: Config, seconds: float | None, status: str) -> None:
         self._outcomes.append(Outcome(config, seconds, status))
         self.saw(seconds)
@@ -252,6 +270,7 @@ def _search(loop: _Loop, arms: Sequence[Arm], baseline: Choice, plan: Plan) -> _
     search, running = _Search(), [_Running(arm, plan) for arm in arms]
     end = None if plan.seconds is None else time.monotonic() + plan.seconds
     defaults = [arm.choice(arm.default) for arm in arms]
+    loop.coming([baseline, *defaults])
     for choice in dict.fromkeys([baseline, *defaults]):
         _try(loop, search, choice, plan)
     for one in running:
@@ -262,9 +281,18 @@ def _search(loop: _Loop, arms: Sequence[Arm], baseline: Choice, plan: Plan) -> _
         if turn is None:
             break
         config = turn.next()
+        loop.coming(_ahead(turn, running))
         if config is not None:
             _step(loop, search, turn, config, plan)
     return search
+
+
+def _ahead(turn: _Running, running: Sequence[_Running]) -> list[Choice]:
+    """What is likely asked for next: of the arm whose turn it is, then of the others."""
+    one_by_one = itertools.zip_longest(
+        *(one.asked() for one in sorted(running, key=lambda one: (one is not turn, one.attempts)))
+    )
+    return [choice for row in one_by_one for choice in row if choice is not None]
 
 
 def _whose_turn(running: Sequence[_Running], best_s: float | None) -> _Running | None:

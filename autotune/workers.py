@@ -9,6 +9,8 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import faulthandler
+import functools
+import math
 import multiprocessing
 import os
 import signal
@@ -16,7 +18,9 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from multiprocessing import forkserver
 from multiprocessing.connection import Connection, wait
+from multiprocessing.context import ForkServerContext
 from types import TracebackType
 from typing import Any, Literal
 
@@ -26,6 +30,9 @@ Status = Literal["done", "raised", "died", "timeout", "unstarted"]
 
 # A fresh process has this long besides, to start and to import.
 START_S = 90.0
+
+# What the server of fresh processes imports once.
+PRELOAD = "autotune.preload"
 
 # Of what a process that died wrote to its standard streams.
 _LOG_BYTES = 4096
@@ -50,8 +57,8 @@ class Outcome:
     """How a task ended: its value where `status` is done, else a reason of one line.
 
     status: `raised` (an exception), `died` (its process ended), `timeout`, or `unstarted` (the
-    pool's time was over). step: what it was at. log: the end of what the process wrote, where it
-    didn't live to say why.
+    pool's time was over). step: what it was at. steps_s: seconds of each step that ended. log: the
+    end of what the process wrote, where it didn't live to say why.
     """
 
     task: Task
@@ -60,15 +67,37 @@ class Outcome:
     reason: str = ""
     step: str = ""
     log: str = ""
+    steps_s: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
 
 def step(name: str) -> None:
     """Say, from within a task, what it goes on to; that has a time limit of its own."""
     if _parent is not None:
-        _parent.send(("step", name, True))
+        _parent.send(("step", (name, time.monotonic()), True))
 
 
 _parent: Connection | None = None  # of a worker
+
+
+@functools.cache
+def _processes() -> ForkServerContext:
+    """Where fresh processes come from: a server that has imported what tasks need, and run nothing.
+
+    A fork of it has memory, compiled code and threads of its own within 30 ms, where a new
+    interpreter imports torch for two seconds. The server never touches a GPU: a forked CUDA
+    context is unusable.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([PRELOAD])
+    # the server takes no sys.path: it would import what is installed where a source tree runs
+    before = dict(os.environ)
+    os.environ |= {"PYTHONPATH": os.pathsep.join(sys.path), "PYTHONSAFEPATH": "1"}
+    try:
+        forkserver.ensure_running()
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+    return context
 
 
 class Pool:
@@ -98,33 +127,39 @@ class Pool:
         waiting = iter(tasks)
         more = True
         while more or self._busy():
-            while more and len(self._busy()) < self._jobs:
+            while more and self.free:
                 task = next(waiting, None)
                 if task is None:
                     more = False
                 elif until is not None and time.monotonic() >= until:
                     yield Outcome(task, "unstarted", reason="the time for the run was over")
                 else:
-                    self._start(task)
-            yield from self._ended()
+                    self.start(task)
+            yield from self.ended()
+
+    @property
+    def free(self) -> bool:
+        """Whether another task can be started."""
+        return len(self._busy()) < self._jobs
 
     def _busy(self) -> list[_Worker]:
         return [worker for worker in self._workers if worker.task is not None]
 
-    def _start(self, task: Task) -> None:
+    def start(self, task: Task) -> None:
+        """Begin a task beside others, where `free`; `ended` tells of its end."""
         free = next((worker for worker in self._workers if worker.task is None), None)
         if free is None:
             free = _Worker()
             self._workers.append(free)
         free.start(task, task.limit_s or self._limit_s)
 
-    def _ended(self) -> list[Outcome]:
-        """What has ended by the time that something has, or that a limit is reached."""
+    def ended(self, patience_s: float = math.inf) -> list[Outcome]:
+        """What has ended by the time that something has, a limit is reached, or patience ends."""
         busy = self._busy()
         if not busy:
             return []
-        soonest = min(worker.deadline for worker in busy)
-        wait([worker.pipe for worker in busy], max(0.0, soonest - time.monotonic()))
+        soonest = min(worker.deadline for worker in busy) - time.monotonic()
+        wait([worker.pipe for worker in busy], max(0.0, min(soonest, patience_s)))
         outcomes = []
         for worker in busy:
             outcome = worker.outcome()
@@ -140,11 +175,13 @@ class _Worker:
     """One process and what it is at."""
 
     def __init__(self) -> None:
-        context = multiprocessing.get_context("spawn")  # a forked CUDA context is unusable
+        context = _processes()
         self._log = tempfile.TemporaryFile()  # noqa: SIM115 (open as long as the process)
         self.pipe, theirs = context.Pipe()
         log = f"/proc/{os.getpid()}/fd/{self._log.fileno()}"
-        self._process = context.Process(target=_serve, args=(theirs, log), daemon=True)
+        self._process = context.Process(
+            target=_serve, args=(theirs, log, dict(os.environ)), daemon=True
+        )
         self._process.start()
         theirs.close()  # so that the pipe ends with the process
         self._grace_s = START_S
@@ -156,7 +193,8 @@ class _Worker:
         self.task = task
         self.deadline = time.monotonic() + limit_s + self._grace_s
         self._limit_s, self._grace_s = limit_s, 0.0
-        self._step = ""
+        self._step, self._since = "", 0.0
+        self._steps_s: dict[str, float] = {}
         self._log.truncate(0)
         with contextlib.suppress(OSError):  # a process that has ended: `outcome` says so
             self.pipe.send(task)
@@ -172,7 +210,10 @@ class _Worker:
                 self.usable = False
                 return self._end("died", reason=self._why())
             if status == "step":
-                self._step, self._limit_s = value, task.limits.get(value, self._limit_s)
+                name, since = value
+                self._close_step(since)
+                self._step, self._since = name, since
+                self._limit_s = task.limits.get(name, self._limit_s)
                 self.deadline = time.monotonic() + self._limit_s
             elif status == "done":
                 return self._end("done", value=value)
@@ -184,11 +225,17 @@ class _Worker:
         at = f"{self._step}: " if self._step else ""
         return self._end("timeout", reason=f"{at}not done after {self._limit_s:g} s")
 
+    def _close_step(self, now: float) -> None:
+        if self._step:
+            before = self._steps_s.get(self._step, 0.0)
+            self._steps_s[self._step] = before + now - self._since
+
     def _end(self, status: Status, value: Any = None, reason: str = "") -> Outcome:
         task, self.task = self.task, None
         assert task is not None
+        self._close_step(time.monotonic())
         log = self._tail() if status in ("died", "timeout") else ""
-        return Outcome(task, status, value, reason, self._step, log)
+        return Outcome(task, status, value, reason, self._step, log, self._steps_s)
 
     def _tail(self) -> str:
         size = self._log.seek(0, os.SEEK_END)
@@ -214,10 +261,14 @@ class _Worker:
         self._log.close()
 
 
-def _serve(pipe: Connection, log: str) -> None:
+def _serve(pipe: Connection, log: str, environment: Mapping[str, str]) -> None:
     """A worker's life: a task, its outcome, until the pipe ends or the GPU's context is lost."""
     global _parent
     _parent = pipe
+    os.environ.clear()  # the server's is that of the time when it began
+    os.environ.update(environment)
+    # else the lock that numba makes has a name, and is reported as leaked when the worker is killed
+    multiprocessing.set_start_method("fork", force=True)
     with contextlib.suppress(OSError):
         os.setpgid(0, 0)  # a group of its own, so that compilers end with it
     _write_to(log)

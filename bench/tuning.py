@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from autotune.arms import arms
 from autotune.bandwidth import Bandwidth
@@ -21,7 +22,10 @@ from vqkernels.parts import check_fit
 from vqkernels.presets import parse_format
 from vqkernels.problem import Dtype
 
-__all__ = ["Job", "Tuned", "jobs", "tune_job"]
+__all__ = ["MEASURING", "Job", "Tuned", "jobs", "tune_job"]
+
+# The steps of an attempt that a search is for; what else takes time is overhead.
+MEASURING = ("compile", "check", "time")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,10 +43,20 @@ class Job:
 
 @dataclasses.dataclass(frozen=True)
 class Tuned:
-    """What came of a job."""
+    """What came of a job, in `seconds`; of these, `steps_s` in each step of attempts."""
 
     job: Job
     result: Result
+    seconds: float
+    steps_s: Mapping[str, float]
+
+    @property
+    def outside_s(self) -> float:
+        """What neither compiling, checking nor timing took.
+
+        That is: fresh processes, their weights and references, the store, the strategies.
+        """
+        return self.seconds - sum(self.steps_s.get(step, 0.0) for step in MEASURING)
 
 
 def jobs(
@@ -92,6 +106,7 @@ def tune_job(
     default = default_choice(problem, device)
     baseline = Choice(default.kernel.id, default.kernel.source_hash, default.config)
     subject = store.subject(job.recipe.facts(device))
+    start = time.monotonic()
     with Processes(job.recipe, budget=budget, bandwidth=bandwidth) as processes:
         result = tune(
             arms(kernels, problem, device, bandwidth),
@@ -103,7 +118,7 @@ def tune_job(
             progress,
         )
     conclude(store, subject, problem, device, result, plan.pairs)
-    return Tuned(job, result)
+    return Tuned(job, result, time.monotonic() - start, dict(processes.spent_s))
 
 
 def rows(tuned: Sequence[Tuned]) -> Iterator[dict[str, object]]:
@@ -127,6 +142,8 @@ def rows(tuned: Sequence[Tuned]) -> Iterator[dict[str, object]]:
             "verdict": "default kept" if sure is None else sure.verdict,
             "attempts": sum(result.counts.values()),
             "pruned": sum(result.pruned.values()),
+            "seconds": one.seconds,
+            "outside_s": one.outside_s,
             "failed": sum(count for status, count in result.counts.items() if status != "ok"),
         }
 

@@ -28,7 +28,7 @@ from vqkernels.problem import Problem
 from vqkernels.space import Config, Space
 from vqkernels.tensor import QuantizedTensor
 
-__all__ = ["Footprint", "Kernel", "Packed", "Registry", "Run", "registry"]
+__all__ = ["Footprint", "Kernel", "Packed", "Registry", "Run", "find_kernel", "registry"]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -183,6 +183,15 @@ def registry() -> Registry:
         else:
             missing[point.name] = f"{point.value} is a {type(kernel).__name__}, not a Kernel"
     return Registry(MappingProxyType(kernels), MappingProxyType(missing))
+
+
+def find_kernel(name: str) -> Kernel:
+    """A kernel of the registry by id, or anyone's as `module:attribute`."""
+    if ":" not in name:
+        return registry()[name]
+    module, _, attribute = name.partition(":")
+    kernel: Kernel = getattr(importlib.import_module(module), attribute)
+    return kernel
 
 
 def _builtin_modules() -> list[str]:

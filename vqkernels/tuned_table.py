@@ -2,7 +2,7 @@
 
     {"schema": 1, "made_by": "vqbench 0.1.0",
      "device": {"kind", "name", "arch", "units"},
-     "entries": [{"spec", "n", "k", "dtype", "bias", "m",
+     "entries": [{"spec", "n", "k", "dtype", "m",
                   "chosen": {"kernel", "source", "config"}, "default": {the same},
                   "versions": {package or "driver": version},
                   "evidence": {"ratio", "low", "pairs", "made", "store", "subject"}}]}
@@ -41,7 +41,7 @@ _AGAIN = "export it again"
 MOST_BYTES = 64 << 20  # an entry has about 2 KB: far more than any device was ever tuned for
 MOST_TEXT = 1000  # characters of a name
 
-Key = tuple[CodebookSpec, int, int, str, bool]
+Key = tuple[CodebookSpec, int, int, str]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,7 +115,6 @@ class Entry:
     n: int
     k: int
     dtype: Dtype
-    bias: bool
     m: int
     chosen: Pick
     default: Pick
@@ -133,8 +132,8 @@ class Entry:
 
     @property
     def key(self) -> Key:
-        """All of the problem but m."""
-        return self.spec, self.n, self.k, self.dtype, self.bias
+        """All of the problem but m, and a bias: n elements more don't change what is best."""
+        return self.spec, self.n, self.k, self.dtype
 
     def __str__(self) -> str:
         found = self.evidence
@@ -149,7 +148,7 @@ class Entry:
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready fields, as a table has them."""
         return {
-            **{name: getattr(self, name) for name in ("n", "k", "dtype", "bias", "m")},
+            **{name: getattr(self, name) for name in ("n", "k", "dtype", "m")},
             "spec": self.spec.to_dict(),
             "chosen": _pick_fields(self.chosen),
             "default": _pick_fields(self.default),
@@ -177,7 +176,7 @@ class Table:
 
         Two neighbours answer only if they agree: on one kernel and config, or on the default.
         """
-        key = (problem.spec, problem.n, problem.k, problem.dtype, problem.bias)
+        key = (problem.spec, problem.n, problem.k, problem.dtype)
         entries = self._by_key.get(key, [])
         if not entries:
             return ()
@@ -275,7 +274,6 @@ _ENTRY = {
     "n": int,
     "k": int,
     "dtype": str,
-    "bias": bool,
     "m": int,
     "chosen": dict,
     "default": dict,

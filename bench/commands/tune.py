@@ -101,6 +101,8 @@ def command(
     store = Store(url, stamp=describe_host(chosen))
     done, interrupted = _run(todo, kernels, chosen, store, plan, Budget(seconds=seconds), console)
     click.echo(render(list(tuning.rows(done)), _COLUMNS, output))
+    if done:
+        console.print(_spent(done), soft_wrap=True)
     console.print(f"attempts: {store.url}; `vqbench export` makes them a tuned table")
     if interrupted:
         console.print("interrupted: every attempt that ended is kept; run it again to go on")
@@ -152,6 +154,15 @@ def _shower(bar: Progress, title: str) -> Callable[[loop.Progress], None]:
         )
 
     return show
+
+
+def _spent(done: Sequence[tuning.Tuned]) -> str:
+    """Where the time went."""
+    whole = sum(one.seconds for one in done)
+    steps = {step: sum(one.steps_s.get(step, 0.0) for one in done) for step in tuning.MEASURING}
+    shares = ", ".join(f"{step} {seconds / whole:.1%}" for step, seconds in steps.items())
+    outside = sum(one.outside_s for one in done) / whole
+    return f"{whole:.0f} s: {shares}, all else {outside:.1%}"
 
 
 def _line(one: tuning.Tuned) -> str:

@@ -69,7 +69,7 @@ def test_a_winner_that_is_faster_is_chosen(store: Store) -> None:
     assert entry.chosen == WINNER
     assert entry.default == DEFAULT
     assert (entry.spec, entry.n, entry.k) == (PROBLEM.spec, 64, 128)
-    assert (entry.dtype, entry.bias, entry.m) == ("float16", True, 1)
+    assert (entry.dtype, entry.m) == ("float16", 1)
     assert entry.versions == stamp((FAST, BASE), DEVICE)
     found = entry.evidence
     assert found.ratio == pytest.approx(1 / (0.5 * 1.003))
@@ -131,7 +131,6 @@ def entry(m: int = 1, made: str = "2026-01-02T00:00:00+00:00", **changes: Any) -
         n=64,
         k=128,
         dtype="float32",
-        bias=False,
         m=m,
         chosen=WINNER,
         default=DEFAULT,

@@ -13,7 +13,6 @@ from pathlib import Path
 
 import pytest
 
-from autotune import trial
 from autotune.candidates import enumerate_space
 from autotune.measurement import Correctness, Measurement
 from autotune.store import Store
@@ -21,6 +20,7 @@ from autotune.timers import Budget
 from autotune.trial import Processes, Recipe
 from autotune.tune import Arm, Choice, Plan, Progress, tune
 from tests.autotune import faulty
+from vqkernels.kernel import find_kernel
 from vqkernels.presets import PRESETS
 from vqkernels.space import Config, Param, Space
 
@@ -40,6 +40,7 @@ class Recorded:
         self._seconds = seconds
         self.calls: list[tuple[str, Config]] = []
         self.begun = 0
+        self.told: list[list[tuple[str, Config]]] = []
 
     def measure(self, kernel, config, give_up_s=None):
         self.calls.append((kernel, config))
@@ -47,6 +48,9 @@ class Recorded:
         if seconds is None:
             return Measurement(status="runtime", reason="no such config"), "its log"
         return Measurement(status="ok", samples_s=(seconds,) * 3, correctness=RIGHT), ""
+
+    def coming(self, choices) -> None:
+        self.told.append(list(choices))
 
     def fresh(self) -> None:
         self.begun += 1
@@ -280,5 +284,5 @@ def test_a_recipe_names_what_is_tuned() -> None:
     facts = recipe.facts(device)
     assert facts["device"]["name"] == device.name
     assert (facts["n"], facts["m"], facts["spec"]["stages"]) == (64, 2, [256, 256])
-    assert trial.find_kernel("torch/dense").id == "torch/dense"
-    assert trial.find_kernel("tests.autotune.faulty:KERNEL") is faulty.KERNEL
+    assert find_kernel("torch/dense").id == "torch/dense"
+    assert find_kernel("tests.autotune.faulty:KERNEL") is faulty.KERNEL

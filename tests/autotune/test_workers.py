@@ -195,6 +195,60 @@ def talk_and_crash():
     crash()
 
 
+def take_steps():
+    workers.step("compile")
+    time.sleep(0.05)
+    workers.step("time")
+    time.sleep(0.2)
+    workers.step("compile")
+    time.sleep(0.05)
+
+
+def test_an_outcome_tells_how_long_each_step_took():
+    (done,) = run([Task(take_steps)])
+    assert set(done.steps_s) == {"compile", "time"}
+    assert done.steps_s["time"] >= 0.2
+    assert done.steps_s["compile"] >= 0.1
+    (plain,) = run([Task(double, (1,))])
+    assert plain.steps_s == {}
+
+
+def environment():
+    return os.environ.get("VQBENCH_TEST_WORD"), "VQBENCH_TEST_GONE" in os.environ, str(Path.cwd())
+
+
+def test_a_fresh_process_has_the_environment_of_its_time(monkeypatch, tmp_path):
+    monkeypatch.setenv("VQBENCH_TEST_GONE", "1")
+    run([Task(environment)])  # the server has begun at the latest now
+    monkeypatch.delenv("VQBENCH_TEST_GONE")
+    monkeypatch.setenv("VQBENCH_TEST_WORD", "set later")
+    monkeypatch.chdir(tmp_path)
+    (done,) = run([Task(environment)])
+    assert done.value == ("set later", False, str(tmp_path))
+
+
+def threads():
+    return Path("/proc/self/status").read_text().split("Threads:")[1].split()[0]
+
+
+def test_a_fresh_process_has_run_nothing():
+    """A fork of a process with OpenMP threads can't use OpenMP."""
+    (done,) = run([Task(threads)])
+    assert done.value == "1"
+
+
+def test_what_has_ended_can_be_asked_without_waiting():
+    with Pool(1, 60) as pool:
+        list(pool.run([Task(process_id)]))
+        assert pool.ended(0.0) == []
+        pool.start(Task(time.sleep, (0.2,)))
+        assert not pool.free
+        assert pool.ended(0.0) == []
+        (done,) = pool.ended()
+        assert done.status == "done"
+        assert pool.free
+
+
 def test_each_step_has_a_limit_of_its_own():
     slow = Task(steps, (1.0,), limits={"compile": 60.0, "time": 0.3})
     stuck = Task(steps, (600.0,), limits={"compile": 0.3, "time": 60.0})

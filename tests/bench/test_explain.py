@@ -45,7 +45,6 @@ def table(path: Path, m: int = 4, **changes: Any) -> Path:
         n=64,
         k=128,
         dtype="float32",
-        bias=False,
         m=m,
         chosen=Pick.of(chosen, chosen.default(problem, HERE)),
         default=Pick.of(default.kernel, default.config),

@@ -52,7 +52,6 @@ def tuned(tmp_path):
             n=40,
             k=64,
             dtype="float32",
-            bias=False,
             m=m,
             chosen=Pick.of(chosen, chosen.default(problem, device)),
             default=held if source is None else dataclasses.replace(held, source=source),

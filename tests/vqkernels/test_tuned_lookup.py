@@ -49,7 +49,6 @@ def entry(m: int = 1, device: Device = CPU, **changes: Any) -> Entry:
         n=PROBLEM.n,
         k=PROBLEM.k,
         dtype="float32",
-        bias=False,
         m=m,
         chosen=Pick.of(TUNED, CONFIG),
         default=Pick.of(*default(PROBLEM)),

@@ -33,7 +33,6 @@ def entry(m: int = 1, chosen: Pick = FAST, **changes: Any) -> Entry:
         n=PROBLEM.n,
         k=PROBLEM.k,
         dtype="float32",
-        bias=False,
         m=m,
         chosen=FAST,
         default=PLAIN,
@@ -58,7 +57,7 @@ def test_a_table_comes_back_whole(tmp_path: Path) -> None:
         (
             entry(),
             entry(m=4, chosen=PLAIN),
-            entry(dtype="bfloat16", bias=True, spec=coefficients),
+            entry(dtype="bfloat16", spec=coefficients),
             entry(spec=PRESETS["vptq-65536-256"], versions={"driver": "580.1", "triton": "3"}),
         ),
     )
@@ -165,7 +164,6 @@ def test_odd_values_anywhere_are_taken_or_refused_never_worse() -> None:
         (("entries", 0, "m"), 0, "the problem is none"),
         (("entries", 0, "n"), 1.0, "n must be of type int"),
         (("entries", 0, "dtype"), "float64", "the problem is none"),
-        (("entries", 0, "bias"), 0, "bias must be of type bool"),
         (("entries", 0, "spec", "stages"), [0], "a stage of 0 entries"),
         (("entries", 0, "spec", "coefficients"), [10**400, 1], "too large"),
         (("entries", 0, "spec", "colour"), 1, "unknown field 'colour'"),
@@ -251,13 +249,16 @@ def test_below_the_least_m_nothing_answers() -> None:
         {"n": 65},
         {"k": 256},
         {"dtype": "float16"},
-        {"bias": True},
         {"spec": PRESETS["rq-2x256x8"]},
         {"spec": dataclasses.replace(PROBLEM.spec, coefficients=(1.0, 2.0))},
     ],
 )
 def test_another_problem_has_no_entry(other: dict[str, Any]) -> None:
     assert LADDER.around(dataclasses.replace(PROBLEM, **other)) == ()
+
+
+def test_a_bias_changes_nothing() -> None:
+    assert LADDER.around(dataclasses.replace(PROBLEM, bias=True)) == LADDER.around(PROBLEM) != ()
 
 
 def test_an_entry_says_what_it_rests_on() -> None:
