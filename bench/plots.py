@@ -20,7 +20,7 @@ import numpy as np
 from autotune.export import searched
 from autotune.store import Attempt, Store
 from autotune.tune import Choice
-from bench.tuning import Job, Tuned
+from bench.tuning import Tuned
 from vqkernels.atomic import write_atomically
 from vqkernels.device import Device
 from vqkernels.errors import BackendError, ContainerError
@@ -41,7 +41,6 @@ _BLUE, _RED, _GREY = _COLOURS[0], _COLOURS[5], "#666666"
 
 _Styles = dict[str, tuple[str, str]]
 
-_MOST_LAYERS = 48  # characters of a title that layers' names may take
 _COLUMNS = 3  # panels side by side
 _MOST_LABELS = 36  # characters below a panel that stand side by side
 _FAILED_AT = 0.95  # of a panel's height
@@ -73,9 +72,8 @@ def save(store: Store, done: Tuned, device: Device, folder: Path) -> list[Path]:
     Raises ContainerError where one can't be written.
     """
     attempts = searched(store, store.subject(done.job.recipe.facts(device)))
-    product = _product(done.job)
-    title = f"{product}\n{TableDevice.of(device)}, {done.job.recipe.dtype}"
-    slug = _file_name(product)
+    title = f"{done.job}\n{TableDevice.of(device)}, {done.job.recipe.dtype}"
+    slug = _file_name(str(done.job))
     winner = done.result.winner
     figures = {
         f"{slug}-convergence.png": convergence(title, attempts, done.result.baseline),
@@ -88,14 +86,6 @@ def save(store: Store, done: Tuned, device: Device, folder: Path) -> list[Path]:
             write_atomically(folder / name, [file.getvalue()])
         paths.append(folder / name)
     return paths
-
-
-def _product(job: Job) -> str:
-    """The job in a title's length: a model may have dozens of layers of one shape."""
-    names = "/".join(job.layers)
-    if len(names) > _MOST_LAYERS:
-        names = f"{len(job.layers)} layers"
-    return f"{names} {job.recipe.n}x{job.recipe.k} {job.format} m={job.recipe.m}"
 
 
 def _file_name(text: str) -> str:
@@ -319,7 +309,7 @@ def _log_scale(axes: Axes, times_us: Sequence[float], *, room_above: bool = Fals
     low, high = min(times_us) / _ROOM, max(times_us) * _ROOM
     if room_above:
         high *= (high / low) ** 0.12
-    locator = LogLocator(subs=(1, 2, 5)) if high / low > 8 else MaxNLocator(6)
+    locator = LogLocator(subs=(1, 2, 5)) if high / low > 8 else MaxNLocator(6, steps=[1, 2, 5, 10])
     ticks = [tick for tick in locator.tick_values(low, high) if low <= tick <= high]
     axes.set_yscale("log")
     axes.set_ylim(low, high)

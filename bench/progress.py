@@ -64,8 +64,6 @@ class Pace:
 class Left(ProgressColumn):
     """What is left until a task's `end_s`, counted down between two updates."""
 
-    max_refresh = 0.5
-
     def render(self, task: Task) -> Text:
         """Hours, minutes and seconds."""
         end_s = task.fields.get("end_s")

@@ -9,6 +9,7 @@ from pathlib import Path
 import click
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from rich.table import Column
 
 from autotune import tune as loop
 from autotune.bandwidth import measure_bandwidth
@@ -137,8 +138,9 @@ def _run(
     bandwidth = measure_bandwidth(device)
     done: list[tuning.Tuned] = []
     with Progress(
-        TextColumn("{task.description}", markup=False),
-        BarColumn(),
+        # wraps on a narrow terminal, where the figures beside it would go otherwise
+        TextColumn("{task.description}", markup=False, table_column=Column()),
+        BarColumn(bar_width=20),
         MofNCompleteColumn(),
         Left(),
         console=console,
@@ -151,6 +153,7 @@ def _run(
             except KeyboardInterrupt:
                 return done, True
             done.append(one)
+            bar.remove_task(bar.task_ids[0])
             console.print(_line(one), soft_wrap=True)
             if plot is not None:
                 _plot(one, device, store, plot, console)
