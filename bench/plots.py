@@ -44,6 +44,9 @@ _Styles = dict[str, tuple[str, str]]
 _COLUMNS = 3  # panels side by side
 _MOST_LABELS = 36  # characters below a panel that stand side by side
 _FAILED_AT = 0.95  # of a panel's height
+# A floor further below the best than this stays outside: a tiny layer takes what a call takes, and
+# its attempts would be squeezed into a line.
+_FAR = 30
 _ROOM = 1.15  # between the outermost times and the edges of a log axis, as a factor
 _INCHES = 7.5  # least width: two lines of title
 
@@ -165,10 +168,12 @@ def _lines(axes: Axes, timed: Sequence[tuple[int, Attempt]], count: int, baselin
             label = f"default: {_digits(_us(one))} us, {baseline.kernel}"
             axes.axhline(_us(one), color=_GREY, linestyle="--", linewidth=1.2, label=label)
     if floor_s := best.measurement.floor_s:
-        share = floor_s / best.measurement.median_s
-        label = f"floor: {_digits(floor_s * 1e6)} us, {share:.0%} of the best"
-        axes.axhline(floor_s * 1e6, color=_RED, linestyle=":", linewidth=1.6, label=label)
-        shown.append(floor_s * 1e6)
+        floor_us = floor_s * 1e6
+        near = _us(best) <= _FAR * floor_us
+        where = "" if near else " (far below)"
+        label = f"floor: {_digits(floor_us)} us, {floor_us / _us(best):.0%} of the best{where}"
+        axes.axhline(floor_us, color=_RED, linestyle=":", linewidth=1.6, label=label)
+        shown += [floor_us] if near else []
     _log_scale(axes, shown)
 
 

@@ -92,11 +92,25 @@ def test_convergence_shows_attempts_failures_best_default_and_floor() -> None:
         "default: 40 us, b/slow": [40, 40],
         "floor: 4 us, 40% of the best": [pytest.approx(4), pytest.approx(4)],
     }
+    assert main.lines[0].get_drawstyle() == "steps-post", "a best holds from its own attempt on"
     (legend,) = figure.legends
     told = {text.get_text() for text in legend.get_texts()}
     assert told == {*marks(main), *lines(main)}
     low, high = main.get_ylim()
     assert low < 4 < 40 < high
+
+
+def test_a_floor_far_below_does_not_squeeze_the_attempts() -> None:
+    tiny = [attempt("a/b", us) for us in (200.0, 250.0)]
+    (axes,) = plots.convergence("t", tiny, choice(tiny[1])).axes
+    assert "floor: 4 us, 2% of the best (far below)" in lines(axes)
+    assert axes.get_ylim()[0] > 150
+
+
+def test_without_a_floor_or_with_a_default_that_failed() -> None:
+    unknown = dataclasses.replace(SEARCH[0], measurement=timed(40.0, floor_s=None))
+    axes = plots.convergence("t", [unknown, SEARCH[1]], choice(SEARCH[1])).axes[-1]
+    assert [*lines(axes)] == ["best so far: 40 us"]
 
 
 def test_a_kernel_has_a_colour_and_a_shape_of_its_own() -> None:
@@ -143,6 +157,21 @@ def test_parameters_are_ordered_by_what_they_explain() -> None:
     assert tile.get_ylim() == split.get_ylim()
 
 
+def test_failures_are_above_the_times_and_long_values_apart() -> None:
+    names = ["bytes of one row together", "columns", "words of sixteen bytes"]
+    tried = [attempt("a/b", us, layout=name) for name in names for us in (10.0, 1e3, 1e4, None)]
+    figure = drawn(plots.parameters("t", tried, choice(tried[0])))
+    (axes,) = figure.axes
+    slowest = axes.transLimits.transform(axes.transScale.transform((0, 1e4)))[1]
+    assert slowest < marks(axes)["failed"][0][1] - 0.02
+    labels = axes.get_xticklabels()
+    assert [text.get_text() for text in labels] == names
+    assert {text.get_rotation() for text in labels} == {30.0}
+    (legend,) = figure.legends
+    below = min(text.get_window_extent().y0 for text in labels)
+    assert legend.get_window_extent().y1 <= below
+
+
 def test_marks_of_one_value_do_not_cover_each_other() -> None:
     same = [attempt("a/b", 10.0, tile=at % 2, other=at) for at in range(40)]
     figure = plots.parameters("t", same, choice(same[0]))
@@ -178,11 +207,12 @@ def test_where_there_is_nothing_to_compare_a_line_says_so(
         assert [text.get_text() for text in main.texts] == [note.partition(" (")[0]]
 
 
-@pytest.mark.parametrize(("low", "high"), [(612.0, 700.0), (100.0, 650.0), (3.0, 2e5)])
+@pytest.mark.parametrize(
+    ("low", "high"), [(612.0, 700.0), (300.0, 900.0), (100.0, 650.0), (3.0, 2e5)]
+)
 def test_a_log_axis_has_plain_numbers_on_it(low: float, high: float) -> None:
     two = [attempt("a/b", us) for us in (low, high)]
-    (axes,) = plots.convergence("t", [dataclasses.replace(one) for one in two], choice(two[0])).axes
-    del low, high
+    (axes,) = plots.convergence("t", two, choice(two[0])).axes
     texts = [text.get_text() for text in axes.get_yticklabels()]
     assert 3 <= len(texts) <= 16
     bottom, top = axes.get_ylim()
@@ -206,7 +236,15 @@ def test_eta_squared(groups: list[list[float]], share: float) -> None:
     assert plots.eta_squared(groups) == pytest.approx(share, abs=1e-12)
 
 
-def test_files_are_pictures_of_the_search_alone(tmp_path: Path) -> None:
+def test_files_are_pictures_of_the_search_alone(tmp_path: Path, monkeypatch) -> None:
+    shown = []
+
+    def noted(title: str, attempts: list[Attempt], baseline: Choice) -> Figure:
+        shown.extend(one.key for one in attempts)
+        return convergence(title, attempts, baseline)
+
+    convergence = plots.convergence
+    monkeypatch.setattr(plots, "convergence", noted)
     store = Store(f"sqlite:///{tmp_path / 'tuning.sqlite'}")
     subject = store.subject(JOB.recipe.facts(DEVICE))
     kernel = registry()["torch/dequant"]
@@ -223,6 +261,7 @@ def test_files_are_pictures_of_the_search_alone(tmp_path: Path) -> None:
     best = Choice(kernel.id, now, Config())
     done = Tuned(JOB, Result(best, best, None, {best: 1e-5}, {"ok": 1}, {}))
     paths = plots.save(store, done, DEVICE, tmp_path)
+    assert shown == [best.key()], "no other source, round or kernel"
     stem = "q_proj-o_proj-4096x2048-rq-2x256x8-m8"
     assert [path.name for path in paths] == [
         f"{stem}-convergence.png",

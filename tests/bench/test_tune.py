@@ -140,6 +140,21 @@ def tuned_at_once(job: tuning.Job, kernels: object, device: Device, store: Store
     return tuning.Tuned(job, loop.Result(only, only, None, {}, {"runtime": 1}, {}))
 
 
+def test_a_bar_goes_with_its_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bars = []
+
+    class Bar(tune_command.Progress):
+        def __init__(self, *columns: object, **fields: object) -> None:
+            super().__init__(*columns, **fields)
+            bars.append(self)
+
+    monkeypatch.setattr(tune_command, "Progress", Bar)
+    monkeypatch.setattr(tuning, "tune_job", tuned_at_once)
+    result = run("-m", "1", "-m", "2", "--store", f"sqlite:///{tmp_path / 'tuning.sqlite'}")
+    assert len(json.loads(result.stdout)) == 2
+    assert [bar.task_ids for bar in bars] == [[]]
+
+
 def test_a_full_disk_costs_the_plots_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(path: Path, pieces: object) -> None:
         raise ContainerError(f"{path}: no space")
