@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import vqkernels
 from autotune.measurement import Measurement
 from autotune.replay import Tried, save_cache, save_results
-from autotune.store import Store, subject_key
+from autotune.store import Attempt, Store, subject_key
 from autotune.verdict import Judgement
 from vqkernels.atomic import write_atomically
 from vqkernels.device import Device
@@ -35,6 +35,7 @@ __all__ = [
     "file_name",
     "flat_row",
     "merge",
+    "searched",
     "without_origin",
     "write_spaces",
     "write_table",
@@ -204,6 +205,20 @@ def attempt_rows(store: Store) -> Iterator[Row]:
             }
 
 
+def searched(store: Store, subject: int, registry: Registry | None = None) -> list[Attempt]:
+    """The attempts of the search on a subject, in the order in which they were begun.
+
+    Of each kernel's last source alone, whose space is what it is now.
+    """
+    kernels = (registry or known_kernels()).kernels
+    sources = {name: kernel.source_hash for name, kernel in kernels.items()}
+    return [
+        one
+        for one in store.attempts(subject)
+        if one.key.round == 0 and sources.get(one.key.kernel) == one.key.source
+    ]
+
+
 def flat_row(row: Row) -> Row:
     """A row of `attempt_rows` for a spreadsheet: columns `a.b` for fields of fields, lists as JSON.
 
@@ -240,8 +255,7 @@ def write_spaces(
 ) -> list[Path]:
     """Write the search of each subject and kernel as a file that other tools replay.
 
-    form: of `FORMATS`. The last source of a kernel alone, whose space is what it is now. Raises
-    ContainerError where a file can't be written.
+    form: of `FORMATS`. Raises ContainerError where a file can't be written.
     """
     found, paths = registry or known_kernels(), []
     try:
@@ -250,12 +264,10 @@ def write_spaces(
         raise ContainerError(f"{folder}: {error.strerror}; choose another folder") from error
     for subject, facts in store.subjects().items():
         tried: dict[str, list[Tried]] = {}
-        for one in store.attempts(subject):
-            kernel = found.kernels.get(one.key.kernel)
-            if kernel is not None and one.key.round == 0 and one.key.source == kernel.source_hash:
-                tried.setdefault(kernel.id, []).append(
-                    Tried(one.key.config, one.measurement, one.finished)
-                )
+        for one in searched(store, subject, found):
+            tried.setdefault(one.key.kernel, []).append(
+                Tried(one.key.config, one.measurement, one.finished)
+            )
         for kernel_id, attempts in tried.items():
             path = folder / f"{kernel_id.replace('/', '-')}-{subject_key(facts)[:12]}.json"
             if form == "t4":

@@ -110,7 +110,10 @@ class Plan:
 
 @dataclasses.dataclass(frozen=True)
 class Progress:
-    """Where the loop is: `done` of `total` in this stage, and the best so far."""
+    """Where the loop is: `done` of `total` in this stage, and the best so far.
+
+    floor_s: the least time that the best could take.
+    """
 
     stage: str
     done: int
@@ -118,6 +121,7 @@ class Progress:
     last: Attempt | None
     best: Choice | None
     best_s: float | None
+    floor_s: float | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -181,6 +185,7 @@ class _Loop:
         self._told: set[Choice] = set()
         self.best: Choice | None = None
         self.best_s: float | None = None
+        self.floor_s: float | None = None
 
     def known(self, key: Key) -> bool:
         return self._store.find(self._subject, key) is not None
@@ -209,10 +214,12 @@ class _Loop:
             median = found.measurement.median_s
             if self.best_s is None or median < self.best_s:
                 self.best, self.best_s = choice, median
+                self.floor_s = found.measurement.floor_s
         return found
 
     def report(self, stage: str, done: int, total: int, last: Attempt | None) -> None:
-        self._progress(Progress(stage, done, total, last, self.best, self.best_s))
+        now = Progress(stage, done, total, last, self.best, self.best_s, self.floor_s)
+        self._progress(now)
 
 
 # ------------------------------------------------------------------------------------------------

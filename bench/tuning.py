@@ -27,6 +27,9 @@ __all__ = ["MEASURING", "Job", "Tuned", "jobs", "tune_job"]
 # The steps of an attempt that a search is for; what else takes time is overhead.
 MEASURING = ("compile", "check", "time")
 
+# Characters that a job's layers may take in a line; a model may have dozens of one shape.
+_MOST_NAMES = 48
+
 
 @dataclasses.dataclass(frozen=True)
 class Job:
@@ -37,8 +40,10 @@ class Job:
     recipe: Recipe
 
     def __str__(self) -> str:
-        one = self.recipe
-        return f"{'/'.join(self.layers)} {one.n}x{one.k} {self.format} m={one.m}"
+        one, names = self.recipe, "/".join(self.layers)
+        if len(names) > _MOST_NAMES:
+            names = f"{len(self.layers)} layers"
+        return f"{names} {one.n}x{one.k} {self.format} m={one.m}"
 
 
 @dataclasses.dataclass(frozen=True)

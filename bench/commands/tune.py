@@ -4,22 +4,26 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import click
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from rich.table import Column
 
 from autotune import tune as loop
 from autotune.bandwidth import measure_bandwidth
 from autotune.store import Store
 from autotune.strategies import DEFAULT, strategies
 from autotune.timers import Budget
-from bench import tuning
+from bench import plots, tuning
 from bench.environment import describe_host
 from bench.options import selecting, usual_dtype, where
+from bench.progress import Left, Pace, describe
 from bench.selection import Selection, matching_kernels
 from bench.tables import OUTPUTS, render
 from vqkernels.device import Device
+from vqkernels.errors import ContainerError
 
 __all__ = ["command"]
 
@@ -50,6 +54,12 @@ _COLUMNS = {
 @click.option("--time", "seconds", default=0.1, help="Seconds of samples an attempt.")
 @click.option("--seed", default=0, help="Of weights, tokens and the search.")
 @click.option("--store", "url", help="Where attempts go: a database URL; see VQBENCH_STORE.")
+@click.option(
+    "--plot",
+    type=click.Path(path_type=Path),
+    metavar="FOLDER",
+    help="Plots of each search go here.",
+)
 @click.option("-o", "--output", type=click.Choice(OUTPUTS), default="table", help="Form of it.")
 def command(
     workloads: tuple[str, ...],
@@ -67,6 +77,7 @@ def command(
     seconds: float,
     seed: int,
     url: str | None,
+    plot: Path | None,
     output: str,
 ) -> None:
     """Search kernels and configs for each distinct shape, format and m.
@@ -76,6 +87,8 @@ def command(
     writes what was faster into a table that vq_linear then uses. Run again, it goes on where it
     ended.
     """
+    if plot is not None:
+        plots.prepare(plot)
     chosen = where(device, threads)
     selections = [
         Selection(
@@ -99,11 +112,14 @@ def command(
     for line in refused:
         console.print(f"! {line}", soft_wrap=True)
     store = Store(url, stamp=describe_host(chosen))
-    done, interrupted = _run(todo, kernels, chosen, store, plan, Budget(seconds=seconds), console)
+    budget = Budget(seconds=seconds)
+    done, interrupted = _run(todo, kernels, chosen, store, plan, budget, plot, console)
     click.echo(render(list(tuning.rows(done)), _COLUMNS, output))
     if done:
         console.print(_spent(done), soft_wrap=True)
     console.print(f"attempts: {store.url}; `vqbench export` makes them a tuned table")
+    if plot is not None:
+        console.print(f"plots: {plot}")
     if interrupted:
         console.print("interrupted: every attempt that ended is kept; run it again to go on")
         sys.exit(130)
@@ -116,6 +132,7 @@ def _run(
     store: Store,
     plan: loop.Plan,
     budget: Budget,
+    plot: Path | None,
     console: Console,
 ) -> tuple[list[tuning.Tuned], bool]:
     """Every job in turn, with a bar a job; and whether Ctrl-C ended them."""
@@ -123,34 +140,39 @@ def _run(
     bandwidth = measure_bandwidth(device)
     done: list[tuning.Tuned] = []
     with Progress(
-        TextColumn("{task.description}", markup=False),
-        BarColumn(),
+        # wraps on a narrow terminal, where the figures beside it would go otherwise
+        TextColumn("{task.description}", markup=False, table_column=Column()),
+        BarColumn(bar_width=20),
         MofNCompleteColumn(),
-        TimeRemainingColumn(),
+        Left(),
         console=console,
         transient=True,
     ) as bar:
         for number, job in enumerate(todo, 1):
-            show = _shower(bar, f"{number}/{len(todo)} {job}")
+            show = _shower(bar, f"{number}/{len(todo)} {job}", plan)
             try:
                 one = tuning.tune_job(job, chosen, device, store, plan, budget, bandwidth, show)
             except KeyboardInterrupt:
                 return done, True
             done.append(one)
+            bar.remove_task(bar.task_ids[0])
             console.print(_line(one), soft_wrap=True)
+            if plot is not None:
+                _plot(one, device, store, plot, console)
     return done, False
 
 
-def _shower(bar: Progress, title: str) -> Callable[[loop.Progress], None]:
-    """What a job's progress does to the bar: its stage, and the best so far."""
-    task = bar.add_task(title, total=None)
+def _shower(bar: Progress, title: str, plan: loop.Plan) -> Callable[[loop.Progress], None]:
+    """What a job's progress does to the bar: its stage, the best so far, and the stage's end."""
+    task, pace = bar.add_task(title, total=None), Pace(plan.seconds)
 
     def show(now: loop.Progress) -> None:
-        best = ""
-        if now.best is not None and now.best_s is not None:
-            best = f", best {now.best.kernel} {now.best_s * 1e6:.4g} us"
         bar.update(
-            task, description=f"{title}: {now.stage}{best}", completed=now.done, total=now.total
+            task,
+            description=f"{title}: {describe(now)}",
+            completed=now.done,
+            total=now.total,
+            end_s=pace.end_s(now),
         )
 
     return show
@@ -163,6 +185,14 @@ def _spent(done: Sequence[tuning.Tuned]) -> str:
     shares = ", ".join(f"{step} {seconds / whole:.1%}" for step, seconds in steps.items())
     outside = sum(one.outside_s for one in done) / whole
     return f"{whole:.0f} s: {shares}, all else {outside:.1%}"
+
+
+def _plot(one: tuning.Tuned, device: Device, store: Store, folder: Path, console: Console) -> None:
+    """A job's plots; a full disk costs them alone, not the jobs that follow."""
+    try:
+        plots.save(store, one, device, folder)
+    except ContainerError as error:
+        console.print(f"! {error}", soft_wrap=True)
 
 
 def _line(one: tuning.Tuned) -> str:

