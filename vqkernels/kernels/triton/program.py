@@ -85,7 +85,11 @@ class Program:
         return {"num_warps": self.num_warps, "num_stages": self.num_stages}
 
     def _source(self) -> Any:
-        """The function with what the launcher would find out of its arguments."""
+        """The function with what the launcher would find out of its arguments.
+
+        In the launcher's own form, empty hints and order too: Triton's disk cache is keyed by it,
+        so that what another process compiled is found when it is launched.
+        """
         names = self.function.arg_names
         kinds = {name: f"*{dtype}" for name, dtype in self.pointers.items()}
         kinds |= dict.fromkeys(self.numbers, "i32")
@@ -97,8 +101,11 @@ class Program:
         for name, value in self.numbers.items():
             if value == 1:
                 signature[name], constants[(names.index(name),)] = "constexpr", 1
-        hints = {(names.index(name),): [["tt.divisibility", 16]] for name in aligned}
-        return ASTSource(self.function, signature, constants, hints)
+        hints = {
+            (at,): [["tt.divisibility", 16]] if name in aligned else []
+            for at, name in enumerate(names)
+        }
+        return ASTSource(self.function, signature, dict(sorted(constants.items())), hints)
 
 
 def shared_bytes(programs: Sequence[Program], device: Device) -> int:
