@@ -18,7 +18,7 @@ from autotune.measurement import Measurement
 from autotune.replay import Tried, save_cache, save_results
 from autotune.store import Attempt, Store, subject_key
 from autotune.verdict import Judgement
-from vqkernels.atomic import write_atomically
+from vqkernels.atomic import locked, write_atomically
 from vqkernels.device import Device
 from vqkernels.errors import ContainerError
 from vqkernels.kernel import Registry
@@ -163,8 +163,18 @@ def file_name(device: TableDevice) -> str:
 def write_table(table: Table, path: Path) -> Table:
     """Write `table` to `path`, over the older entries of a table that is there; returns the whole.
 
-    Raises ContainerError where something else is there, or it can't be written.
+    Two processes that export to one file lose nothing. Raises ContainerError where something else
+    is there, or it can't be written.
     """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ContainerError(f"{path}: {error.strerror}; choose another folder") from error
+    with locked(path):
+        return _merged_into(path, table)
+
+
+def _merged_into(path: Path, table: Table) -> Table:
     if path.exists():
         try:
             old = load(path)
@@ -173,10 +183,6 @@ def write_table(table: Table, path: Path) -> Table:
         if old.device != table.device:
             raise ContainerError(f"{path}: is for {old.device}; name another file")
         table = merge(old.entries, table)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ContainerError(f"{path}: {error.strerror}; choose another folder") from error
     fields = table.to_dict(_MADE_BY)
     # sorted, so that two tables can be compared as text
     text = json.dumps(fields, indent=1, sort_keys=True, allow_nan=False)

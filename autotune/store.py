@@ -132,7 +132,11 @@ class Store:
             ) from error
         if place.get_backend_name() == "sqlite":
             sa.event.listen(self._engine, "connect", _prepare_sqlite)
-        self._prepare()
+        try:
+            self._prepare()
+        except ContainerError:
+            self.close()
+            raise
 
     def close(self) -> None:
         """Give back the connections."""

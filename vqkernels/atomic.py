@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import os
 import shutil
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from vqkernels.errors import ContainerError
 
-__all__ = ["write_atomically"]
+__all__ = ["locked", "write_atomically"]
 
 _SPACE = "free some space or choose another disk"
 _FOLDER = "make the folder first"
@@ -28,6 +29,25 @@ _HINTS = {
     errno.EFBIG: "raise the limit on file sizes (ulimit -f)",
     errno.EISDIR: "it is a folder: give the name of a file in it",
 }
+
+
+@contextlib.contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Hold off others who would lock the folder of `path`, while `path` is read and written anew.
+
+    The folder, since `path` itself is replaced. Raises ContainerError where there is none.
+    """
+    try:
+        folder = os.open(path.parent, os.O_RDONLY)
+    except OSError as error:
+        hint = _HINTS.get(error.errno or 0, "choose another folder")
+        raise ContainerError(f"{path}: can't be locked: {error.strerror}; {hint}") from error
+    try:
+        with contextlib.suppress(OSError):  # a network's file system that locks no folders
+            fcntl.flock(folder, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(folder)  # gives the lock back
 
 
 def write_atomically(path: Path, pieces: Sequence[bytes | memoryview]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -170,6 +171,13 @@ def test_a_table_is_written_over_what_is_there(tmp_path: Path) -> None:
     assert data["made_by"].startswith("vqbench ")
     assert list(data) == sorted(data), "comparable as text"
     assert [one.name for one in path.parent.iterdir()] == ["t.json"]
+
+
+def test_exports_at_the_same_time_lose_no_entry(tmp_path: Path) -> None:
+    path = tmp_path / "t.json"
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda m: write_table(table(entry(m)), path), range(1, 33)))
+    assert [one.m for one in load(path).entries] == list(range(1, 33))
 
 
 def test_what_is_no_table_of_this_device_is_left_alone(tmp_path: Path) -> None:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import sqlite3
 import subprocess
 import sys
+from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
 import sqlalchemy as sa
@@ -16,6 +17,7 @@ import sqlalchemy as sa
 from autotune import store as store_module
 from autotune.measurement import Correctness, Measurement
 from autotune.store import Key, Store, default_url, subject_key
+from tests.autotune import postgres
 from vqkernels.errors import ContainerError
 from vqkernels.space import Config
 
@@ -33,9 +35,33 @@ def key(number: int = 0, **fields) -> Key:
     return Key("numba/x", "hash", config, **fields)
 
 
-@pytest.fixture
-def url(tmp_path: Path) -> str:
-    return f"sqlite:///{tmp_path / 'deep' / 'tuning.sqlite'}"
+@pytest.fixture(scope="session")
+def server() -> Iterator[str]:
+    with postgres.serve() as url:
+        yield url
+
+
+@pytest.fixture(autouse=True)
+def closed(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Stores are closed when a test ends: a server's connections are."""
+    opened: list[Store] = []
+    begin = Store.__init__
+
+    def begin_and_note(self: Store, *arguments: Any, **options: Any) -> None:
+        begin(self, *arguments, **options)
+        opened.append(self)
+
+    monkeypatch.setattr(Store, "__init__", begin_and_note)
+    yield
+    for one in opened:
+        one.close()
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    if request.param == "sqlite":
+        return f"sqlite:///{tmp_path / 'deep' / 'tuning.sqlite'}"
+    return postgres.database(request.getfixturevalue("server"), tmp_path.name)
 
 
 def test_what_is_finished_comes_back_whole(url: str) -> None:
@@ -173,9 +199,10 @@ def test_a_file_that_is_no_store(tmp_path: Path) -> None:
 
 def test_a_store_of_another_version(url: str) -> None:
     Store(url).close()
-    path = url.removeprefix("sqlite:///")
-    with sqlite3.connect(path) as connection:
-        connection.execute("UPDATE vqbench_schema SET version = 99")
+    engine = sa.create_engine(url)
+    with engine.begin() as run:
+        run.execute(sa.text("UPDATE vqbench_schema SET version = 99"))
+    engine.dispose()
     with pytest.raises(ContainerError, match="has schema 99, this build uses 1"):
         Store(url)
 

@@ -7,6 +7,7 @@ import os
 import resource
 import shutil
 import stat
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from typing import Any
 import pytest
 
 from vqkernels import container
+from vqkernels.atomic import locked
 from vqkernels.errors import ContainerError
 from vqkernels.presets import PRESETS
 from vqkernels.tensor import random_tensor
@@ -152,3 +154,27 @@ def test_the_mode_is_that_of_any_new_file(path: Path) -> None:
     finally:
         os.umask(umask)
     assert stat.S_IMODE(path.stat().st_mode) == 0o640
+
+
+def test_a_lock_is_held_until_its_end(path: Path) -> None:
+    entered = threading.Event()
+
+    def enter() -> None:
+        with locked(path):
+            entered.set()
+
+    other = threading.Thread(target=enter)
+    with locked(path):
+        other.start()
+        assert not entered.wait(0.2)
+    assert entered.wait(60)
+    other.join()
+    assert not path.exists()
+
+
+def test_a_lock_that_can_not_be_made(tmp_path: Path) -> None:
+    with (
+        pytest.raises(ContainerError, match=r"no/such/t.json: can't be locked: .*make the folder"),
+        locked(tmp_path / "no/such/t.json"),
+    ):
+        pass
