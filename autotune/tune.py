@@ -104,7 +104,7 @@ class Plan:
     seconds: float | None = None
     finalists: int = 8
     rounds: int = 4
-    pairs: int = 7
+    pairs: int = 15
     rule: Rule = dataclasses.field(default_factory=Rule)
 
 
@@ -269,28 +269,30 @@ class _Running:
 class _Search:
     """What a search found, by choice, and what it ruled out."""
 
+    total: int  # attempts at most
     found: dict[Choice, Attempt] = dataclasses.field(default_factory=dict)
     pruned: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
 
 
 def _search(loop: _Loop, arms: Sequence[Arm], baseline: Choice, plan: Plan) -> _Search:
-    search, running = _Search(), [_Running(arm, plan) for arm in arms]
+    most = min(plan.attempts, sum(len(arm.candidates) for arm in arms))
+    search, running = _Search(most), [_Running(arm, plan) for arm in arms]
     end = None if plan.seconds is None else time.monotonic() + plan.seconds
     defaults = [arm.choice(arm.default) for arm in arms]
     loop.coming([baseline, *defaults])
     for choice in dict.fromkeys([baseline, *defaults]):
-        _try(loop, search, choice, plan)
+        _try(loop, search, choice)
     for one in running:
         found = search.found[one.arm.choice(one.arm.default)].measurement
         one.saw(found.median_s if found.status == "ok" else None)
-    while len(search.found) < plan.attempts and (end is None or time.monotonic() < end):
+    while len(search.found) < search.total and (end is None or time.monotonic() < end):
         turn = _whose_turn(running, loop.best_s)
         if turn is None:
             break
         config = turn.next()
         loop.coming(_ahead(turn, running))
         if config is not None:
-            _step(loop, search, turn, config, plan)
+            _step(loop, search, turn, config)
     return search
 
 
@@ -315,22 +317,22 @@ def _whose_turn(running: Sequence[_Running], best_s: float | None) -> _Running |
     return min(hopeful, key=lambda one: one.attempts, default=None)
 
 
-def _step(loop: _Loop, search: _Search, one: _Running, config: Config, plan: Plan) -> None:
+def _step(loop: _Loop, search: _Search, one: _Running, config: Config) -> None:
     """One config of an arm: pruned, or attempted; its strategy hears of it either way."""
     if reason := one.arm.prune(config, loop.best_s):
         search.pruned[reason] += 1
         one.tell(config, None, "constraint")
         return
-    measured = _try(loop, search, one.arm.choice(config), plan).measurement
+    measured = _try(loop, search, one.arm.choice(config)).measurement
     one.attempts += 1
     one.tell(config, measured.median_s if measured.status == "ok" else None, measured.status)
 
 
-def _try(loop: _Loop, search: _Search, choice: Choice, plan: Plan) -> Attempt:
+def _try(loop: _Loop, search: _Search, choice: Choice) -> Attempt:
     give_up = None if loop.best_s is None else _HOPELESS * loop.best_s
     found = loop.attempt(choice, give_up_s=give_up)
     search.found[choice] = found
-    loop.report("search", len(search.found), plan.attempts, found)
+    loop.report("search", len(search.found), search.total, found)
     return found
 
 

@@ -50,7 +50,7 @@ _COLUMNS = {
 @click.option("--attempts", default=100, type=click.IntRange(1), help="Configs tried a product.")
 @click.option("--minutes", type=float, help="At most so long a search.")
 @click.option("--strategy", default=DEFAULT, type=click.Choice([*strategies()]), help="Of search.")
-@click.option("--pairs", default=7, type=click.IntRange(2), help="Of the confirmation.")
+@click.option("--pairs", default=15, type=click.IntRange(2), help="Of the confirmation.")
 @click.option("--time", "seconds", default=0.1, help="Seconds of samples an attempt.")
 @click.option("--seed", default=0, help="Of weights, tokens and the search.")
 @click.option("--store", "url", help="Where attempts go: a database URL; see VQBENCH_STORE.")

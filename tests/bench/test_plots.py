@@ -259,7 +259,7 @@ def test_files_are_pictures_of_the_search_alone(tmp_path: Path, monkeypatch) -> 
         assert claim is not None
         store.finish(claim, timed(10.0))
     best = Choice(kernel.id, now, Config())
-    done = Tuned(JOB, Result(best, best, None, {best: 1e-5}, {"ok": 1}, {}))
+    done = Tuned(JOB, Result(best, best, None, {best: 1e-5}, {"ok": 1}, {}), 1.0, {})
     paths = plots.save(store, done, DEVICE, tmp_path)
     assert shown == [best.key()], "no other source, round or kernel"
     stem = "q_proj-o_proj-4096x2048-rq-2x256x8-m8"
@@ -303,7 +303,7 @@ def test_the_title_names_product_device_and_m(tmp_path: Path, monkeypatch) -> No
     monkeypatch.setattr(plots, "parameters", noted)
     best = Choice("a/b", "s", Config())
     store = Store(f"sqlite:///{tmp_path / 'tuning.sqlite'}")
-    plots.save(store, Tuned(JOB, Result(best, best, None, {}, {}, {})), DEVICE, tmp_path)
+    plots.save(store, Tuned(JOB, Result(best, best, None, {}, {}, {}), 1.0, {}), DEVICE, tmp_path)
     product = "q_proj/o_proj 4096x2048 rq-2x256x8 m=8"
     assert set(titles) == {f"{product}\nTest any, 8 threads, float32"}
     many = dataclasses.replace(JOB, layers=tuple(f"encoder.layer.{at}.query" for at in range(24)))

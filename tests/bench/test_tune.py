@@ -144,7 +144,7 @@ def tuned_at_once(job: tuning.Job, kernels: object, device: Device, store: Store
     claim = store.claim(store.subject(job.recipe.facts(device)), only.key())
     assert claim is not None
     store.finish(claim, Measurement(status="runtime", reason="told"))
-    return tuning.Tuned(job, loop.Result(only, only, None, {}, {"runtime": 1}, {}))
+    return tuning.Tuned(job, loop.Result(only, only, None, {}, {"runtime": 1}, {}), 1.0, {})
 
 
 def test_a_bar_goes_with_its_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
