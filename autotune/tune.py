@@ -191,7 +191,7 @@ class _Loop:
         return self._store.find(self._subject, key) is not None
 
     def coming(self, choices: Sequence[Choice]) -> None:
-        new = [one for one in choices if one not in self._told]
+        new = [one for one in dict.fromkeys(choices) if one not in self._told]
         self._told.update(new)
         unknown = [one for one in new if not self.known(one.key())]
         self.evaluator.coming([(one.kernel, one.config) for one in unknown])

@@ -105,10 +105,24 @@ def test_the_fastest_wins_and_is_confirmed(store: Store) -> None:
     assert result.judgement.ratio == pytest.approx(1e-3 / bowl("slow", START))
     stages = Counter(one.stage for one in seen)
     assert stages["finals"] == 4 * 9, "eight finalists and the baseline, four rounds"
-    assert stages["confirmation"] == 14
-    assert evaluator.begun == 4 + 14, "a process a round, and one for each of a pair"
+    assert stages["confirmation"] == 2 * 15
+    assert evaluator.begun == 4 + 2 * 15, "a process a round, and one for each of a pair"
     last: Progress = seen[-1]
     assert (last.best, last.best_s, last.floor_s) == (result.winner, 1e-3, 1e-3 / 4)
+
+
+def test_what_comes_next_is_told_in_advance(store: Store) -> None:
+    """Once, the next first, a few of each arm: what compiles while something else is timed."""
+    both, evaluator = arms("fast", "slow"), Recorded(bowl)
+    tune(both, both[0].choice(START), evaluator, store, 1, plan(attempts=40, rounds=0, pairs=0))
+    told = [one for several in evaluator.told for one in several]
+    assert len(told) == len(set(told))
+    assert set(evaluator.calls) <= set(told)
+    assert evaluator.told[0] == [("fast", START), ("slow", START)]
+    assert len(set(told) - set(evaluator.calls)) <= 2 * 4
+    again = Recorded(bowl)
+    tune(both, both[0].choice(START), again, store, 1, plan(attempts=40, rounds=0, pairs=0))
+    assert not set(evaluator.calls) & {one for several in again.told for one in several}
 
 
 def test_an_arm_that_is_far_behind_gets_no_more(store: Store) -> None:
