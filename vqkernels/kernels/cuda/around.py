@@ -205,8 +205,8 @@ def surround(
     """A Run from a core, as `linear.surround` makes one of torch's operations.
 
     core: `core(packed, x, y)` with x whole cells, contiguous and aligned to 16 bytes. y is out,
-    [m, n], where nothing comes after or the core stores y itself (`final`); else `[parts, m, width]`
-    of dtype `sums`, which the epilogue adds.
+    [m, n], where nothing comes after or the core stores y itself (`final`); else
+    `[parts, m, width]` of dtype `sums`, which the epilogue adds.
     """
     before = prologue(problem, device)
     after = None if final else epilogue(problem, device, parts, sums)
