@@ -15,7 +15,7 @@ from autotune.cubin import read_cubin
 from tests.cuda import harness
 from vqkernels import oracle
 from vqkernels.device import Device, detect_cpu
-from vqkernels.kernel import Packed, registry
+from vqkernels.kernel import Kernel, Packed, registry
 from vqkernels.kernels import layout, linear
 from vqkernels.kernels.cuda import around, product
 from vqkernels.kernels.cuda.program import Program
@@ -54,20 +54,28 @@ class Operations(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def launched(case: Case, monkeypatch: pytest.MonkeyPatch, **config: Any) -> list[str]:
-    """The kernels that a call of naive launches, and no operation of torch beside them."""
-    found: list[str] = []
+def launched(
+    case: Case,
+    monkeypatch: pytest.MonkeyPatch,
+    *,
+    kernel: Kernel = NAIVE,
+    m: int = 3,
+    **config: Any,
+) -> list[Program]:
+    """What a call launches, and no operation of torch beside it; nothing is run."""
+    found: list[Program] = []
 
     def launcher(program: Program, _: Device) -> Callable[[dict[str, Tensor]], None]:
-        return lambda tensors: found.append(program.kernel)
+        return lambda tensors: found.append(program)
 
-    use(launcher, monkeypatch)
-    problem = problem_of(case, 3)
-    chosen = NAIVE.default(problem, GPU).replace(**{"splits": 1, **config})
-    run, packed = prepare(NAIVE, problem, GPU, case.tensor, chosen)
-    x, out = torch.ones(3, case.k).half(), torch.empty(3, case.n).half()
-    with Operations() as operations:
-        run(packed, x, out)
+    problem = problem_of(case, m)
+    x, out = torch.ones(m, case.k).half(), torch.empty(m, case.n).half()
+    with monkeypatch.context() as patched:
+        use(launcher, patched)
+        chosen = kernel.default(problem, GPU).replace(**config)
+        run, packed = prepare(kernel, problem, GPU, case.tensor, chosen)
+        with Operations() as operations:
+            run(packed, x, out)
     assert operations.names <= ALLOWED, operations.names - ALLOWED
     return found
 
@@ -91,7 +99,8 @@ def launched(case: Case, monkeypatch: pytest.MonkeyPatch, **config: Any) -> list
     ],
 )
 def test_no_launch_that_the_format_does_not_need(case, splits, kernels, monkeypatch) -> None:
-    assert launched(FIELDS[case], monkeypatch, splits=splits) == kernels.split()
+    found = launched(FIELDS[case], monkeypatch, splits=splits)
+    assert [program.kernel for program in found] == kernels.split()
 
 
 def test_every_format_is_three_launches_at_most(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -172,6 +181,7 @@ def test_a_wide_layer_in_many_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.testing.assert_close(ours[1], theirs[1], rtol=2e-6, atol=1e-4)
 
 
+@pytest.mark.usefixtures("built")
 def test_views_with_gaps(monkeypatch: pytest.MonkeyPatch) -> None:
     case = SMALL["everything-in"]
     use(harness.launcher(counting=False), monkeypatch)
@@ -201,23 +211,35 @@ def own_store_cases() -> dict[str, Case]:
 
 @pytest.mark.parametrize("kernel", ["cuda/naive", "cuda/fused_rq"])
 def test_the_products_own_store_gives_the_epilogues_bits(kernel, monkeypatch) -> None:
-    one = registry()[kernel]
+    one, cases = registry()[kernel], own_store_cases()
+
+    def not_its_own(patched: pytest.MonkeyPatch) -> None:
+        patched.setattr(around, "store", lambda problem, parts: {"FINAL": False})
+
+    def results() -> list[Tensor]:
+        outs = []
+        for case in cases.values():
+            problem = problem_of(case, 2)
+            config = one.default(problem, GPU).replace(splits=1)
+            run, packed = prepare(one, problem, GPU, case.tensor, config)
+            x = torch.randn(2, case.k, generator=torch.Generator().manual_seed(1)).half()
+            outs.append(torch.empty(2, case.n).half())
+            run(packed, x, outs[-1])
+            expected = oracle.reference(case.tensor, x)
+            assert oracle.check(outs[-1], expected).passed, str(case)
+        return outs
+
+    own = [launched(case, monkeypatch, kernel=one, m=2, splits=1) for case in cases.values()]
+    with monkeypatch.context() as patched:
+        not_its_own(patched)
+        apart = [launched(case, patched, kernel=one, m=2, splits=1) for case in cases.values()]
+    assert [len(found) for found in apart] == [len(found) + 1 for found in own]
+    harness.build_programs([program for found in (*own, *apart) for program in found])
     use(harness.launcher(counting=False), monkeypatch)
-    for name, case in own_store_cases().items():
-        problem, outs = problem_of(case, 2), []
-        config = one.default(problem, GPU).replace(splits=1)
-        x = torch.randn(2, case.k).half()
-        for final in (True, False):
-            with monkeypatch.context() as patched:
-                if not final:
-                    patched.setattr(around, "store", lambda problem, parts: {"FINAL": False})
-                (program,) = one.programs(config, problem)
-                assert program.constants["FINAL"] is final
-                run, packed = prepare(one, problem, GPU, case.tensor, config)
-                outs.append(torch.empty(2, case.n).half())
-                run(packed, x, outs[-1])
-        assert torch.equal(*outs), name
-        assert oracle.check(outs[0], oracle.reference(case.tensor, x)).passed, name
+    first = results()
+    not_its_own(monkeypatch)
+    for name, one_y, other_y in zip(cases, first, results(), strict=True):
+        assert torch.equal(one_y, other_y), name
 
 
 SIDES = {
@@ -228,6 +250,14 @@ SIDES = {
 }
 
 
+@pytest.fixture
+def built(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Products with these sides, as one unit."""
+    found = [launched(SMALL[name], monkeypatch, m=2) for name in SIDES]
+    harness.build_programs([program for programs in found for program in programs])
+
+
+@pytest.mark.usefixtures("built")
 @pytest.mark.parametrize("name", SIDES)
 def test_damaged_sides_are_seen(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     case = SMALL[name]
