@@ -12,7 +12,8 @@ the kernel reads x and writes `out` itself.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import hashlib
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
@@ -31,6 +32,7 @@ __all__ = [
     "pack_sets",
     "pack_sides",
     "set_axes",
+    "share_books",
     "sides_bytes",
     "surround",
 ]
@@ -94,6 +96,31 @@ def pack_sets(tensor: QuantizedTensor) -> dict[str, Tensor]:
     if by_column:
         arrays["column_sets"] = (which[0] - which[0, 0]).expand(columns).contiguous()
     return arrays
+
+
+def share_books(
+    spec: CodebookSpec, books: Tensor, sets: Mapping[str, Tensor]
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """What `pack_books` and `pack_sets` give, with equal sets kept once: fused weights repeat them.
+
+    Only groups of rows are looked through; `row_sets` names what is kept.
+    """
+    if spec.group_axis != "row":
+        return books, dict(sets)
+    groups = books.view(-1, spec.subspaces, *books.shape[1:])
+    kept: list[int] = []
+    places: list[int] = []
+    place_of: dict[bytes, int] = {}
+    for number, group in enumerate(groups):
+        digest = hashlib.sha256(group.numpy().tobytes()).digest()
+        if place_of.setdefault(digest, len(kept)) == len(kept):
+            kept.append(number)
+        places.append(place_of[digest])
+    if len(kept) == len(groups):
+        return books, dict(sets)
+    group, subspace = sets["row_sets"] // spec.subspaces, sets["row_sets"] % spec.subspaces
+    row_sets = torch.tensor(places)[group] * spec.subspaces + subspace
+    return groups[kept].flatten(0, 1), {**sets, "row_sets": row_sets}
 
 
 def pack_sides(tensor: QuantizedTensor) -> dict[str, Tensor]:

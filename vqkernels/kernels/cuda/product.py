@@ -137,9 +137,12 @@ def footprint(config: Config, problem: Problem, parts: int, shared_bytes: int = 
     return Footprint(weight, workspace, problem.flops, shared_bytes)
 
 
-def pack(tensor: QuantizedTensor, config: Config, problem: Problem) -> Packed:
-    """Codes in the config's layout."""
-    return Packed(around.lay_out(layout.arrays(tensor, config.text("layout"), problem)))
+def pack(
+    tensor: QuantizedTensor, config: Config, problem: Problem, *, shared: bool = True
+) -> Packed:
+    """Codes in the config's layout; equal codebook sets once, unless `shared` is off."""
+    arrays = layout.arrays(tensor, config.text("layout"), problem, shared=shared)
+    return Packed(around.lay_out(arrays))
 
 
 def compiler(programs: Callable[[Config, Problem], tuple[Program, ...]]) -> Compile:
