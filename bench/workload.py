@@ -68,10 +68,12 @@ class Workload:
     together: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        unknown = {name for names in self.together.values() for name in names}
-        unknown -= {layer.name for layer in self.layers}
-        if unknown:
-            raise ValueError(f"no layer {min(unknown)!r} to fuse")
+        inputs = {layer.name: layer.k for layer in self.layers}
+        for fused, names in self.together.items():
+            if unknown := set(names) - set(inputs):
+                raise ValueError(f"{fused}: there is no layer {min(unknown)!r} to fuse")
+            if len({inputs[name] for name in names}) != 1:
+                raise ValueError(f"{fused}: its layers have not one input")
 
     def fused(self) -> Workload:
         """The same workload with each group of `together` as one layer, in the place of its first.

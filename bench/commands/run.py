@@ -83,7 +83,7 @@ def _selections(
     layers: Sequence[str],
     formats: Sequence[str],
     ms: Sequence[int],
-    fuse: bool,
+    fuse: bool = False,
 ) -> tuple[Selection, ...]:
     """The default selection, narrowed; or what the options name."""
     if not (workloads or formats or layers or fuse):
