@@ -10,7 +10,7 @@ is left: `store` says so, and no epilogue is launched.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -27,7 +27,6 @@ __all__ = [
     "aligned",
     "changes_x",
     "epilogue",
-    "lay_out",
     "prologue",
     "store",
     "surround",
@@ -49,21 +48,6 @@ _WAVES = 16
 _BEFORE = ("x_scale", "x_zero", "permutation", "rotation")
 _AFTER = ("side", "y_scale", "y_zero", "bias")
 _DENSE = torch.contiguous_format
-
-
-def lay_out(arrays: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A packed weight as the launches read it.
-
-    Neighbouring threads have neighbouring outputs, so side columns and rotation are transposed;
-    cell order is computed.
-    """
-    laid = {name: array for name, array in arrays.items() if not name.endswith("_cells")}
-    for name in ("side", "rotation"):
-        if name in laid:
-            laid[name] = laid[name].T.contiguous()
-    if "permutation" in laid:
-        laid["permutation"] = laid["permutation"].int()
-    return laid
 
 
 def changes_x(problem: Problem) -> bool:
@@ -127,17 +111,23 @@ def prologue(problem: Problem, device: Device) -> Program | None:
     )
 
 
-def epilogue(problem: Problem, device: Device, parts: int, sums: torch.dtype) -> Program | None:
-    """The launch after a product that leaves `parts` spans of `sums`; None where these are y."""
-    spec = problem.spec
+def epilogue(
+    problem: Problem, device: Device, parts: int, sums: torch.dtype | None = None
+) -> Program | None:
+    """The launch after a product that leaves `parts` spans of `sums`; None where these are y.
+
+    sums: None for a product that can leave either y's dtype or fp32.
+    """
+    spec, left = problem.spec, sums or torch.float32
     summed = spec.zero_axis != "none"
     _, width = core_shape(spec, problem.n, problem.k)
     reordered = width != problem.n or (spec.vector_axis == "out" and spec.stride > 1)
     scaled = spec.scale_axis in ("tensor", "row")
-    if parts == 1 and not (reordered or scaled or summed or spec.side_columns or problem.bias):
+    is_y = parts == 1 and sums in (None, problem.torch_dtype)
+    if is_y and not (reordered or scaled or summed or spec.side_columns or problem.bias):
         return None
     tokens = min(_SHARED_BY, problem.m) if spec.side_columns else 1
-    x, y = C_TYPES[sums], C_TYPES[problem.torch_dtype]
+    x, y = C_TYPES[left], C_TYPES[problem.torch_dtype]
     return Program(
         kernel="epilogue",
         types={"X": x, "Entry": "float", "Code": "vq::u8", "Out": y},
@@ -154,7 +144,7 @@ def _cells(problem: Problem) -> Constants:
     spec = problem.spec
     return {
         "LENGTH": spec.vector_length,
-        "STRIDE": spec.stride,
+        "CELL_STRIDE": spec.stride,
         "ALONG_IN": spec.vector_axis == "in",
         "SIDE": spec.side_columns,
     }
@@ -162,7 +152,7 @@ def _cells(problem: Problem) -> Constants:
 
 def _scale_and_bias(problem: Problem) -> Constants:
     spec = problem.spec
-    return {"STRIDE": spec.stride, "Y_SCALE": _along(spec.scale_axis), "BIAS": problem.bias}
+    return {"CELL_STRIDE": spec.stride, "Y_SCALE": _along(spec.scale_axis), "BIAS": problem.bias}
 
 
 def _along(axis: ScaleAxis) -> str:
@@ -199,20 +189,22 @@ def surround(
     device: Device,
     *,
     parts: int = 1,
-    sums: torch.dtype = torch.float32,
+    sums: torch.dtype | None = None,
     final: bool = False,
 ) -> Run:
     """A Run from a core, as `linear.surround` makes one of torch's operations.
 
     core: `core(packed, x, y)` with x whole cells, contiguous and aligned to 16 bytes. y is out,
     [m, n], where nothing comes after or the core stores y itself (`final`); else
-    `[parts, m, width]` of dtype `sums`, which the epilogue adds.
+    `[parts, m, width]`, which the epilogue adds, of dtype `sums`: None, which is fp32 here, for a
+    core that can leave out's dtype too.
     """
     before = prologue(problem, device)
     after = None if final else epilogue(problem, device, parts, sums)
     prepare = None if before is None else _preparing(before, problem, device)
     finish = None if after is None else Launcher(after, device)
     _, width = core_shape(problem.spec, problem.n, problem.k)
+    dtype = sums or torch.float32
 
     def run(packed: Packed, x: Tensor, out: Tensor) -> None:
         x = x.contiguous()
@@ -223,7 +215,7 @@ def surround(
         if finish is None:
             core(packed, aligned(x), y)
         else:
-            left = torch.empty(parts, problem.m, width, dtype=sums, device=out.device)
+            left = torch.empty(parts, problem.m, width, dtype=dtype, device=out.device)
             core(packed, aligned(x), left)
             finish({**arrays_of(packed, _AFTER), **apart, "x": left, "out": y})
         if y is not out:

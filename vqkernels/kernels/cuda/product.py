@@ -142,7 +142,8 @@ def pack(
 ) -> Packed:
     """Codes in the config's layout; equal codebook sets once, unless `shared` is off."""
     arrays = layout.arrays(tensor, config.text("layout"), problem, shared=shared)
-    return Packed(around.lay_out(arrays))
+    # the launches around a product compute the order of cells
+    return Packed({name: one for name, one in arrays.items() if not name.endswith("_cells")})
 
 
 def compiler(programs: Callable[[Config, Problem], tuple[Program, ...]]) -> Compile:
@@ -154,7 +155,7 @@ def compiler(programs: Callable[[Config, Problem], tuple[Program, ...]]) -> Comp
     def compile(config: Config, problem: Problem, device: Device) -> Run:
         (product,) = programs(config, problem)
         parts, final = product.grid[2], bool(product.constants.get("FINAL"))
-        if not final and around.epilogue(problem, device, parts, torch.float32) is not None:
+        if not final and around.epilogue(problem, device, parts) is not None:
             product = writing(product, torch.float32)
         launch = Launcher(product, device)
 

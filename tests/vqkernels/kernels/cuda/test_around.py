@@ -103,6 +103,20 @@ def test_no_launch_that_the_format_does_not_need(case, splits, kernels, monkeypa
     assert [program.kernel for program in found] == kernels.split()
 
 
+@pytest.mark.parametrize(
+    ("sums", "dtype", "needed"),
+    [
+        (None, "float16", False),
+        (torch.float16, "float16", False),
+        (torch.float32, "float32", False),
+        (torch.float32, "float16", True),
+    ],
+)
+def test_sums_of_another_dtype_are_rounded_after(sums, dtype, needed) -> None:
+    problem = problem_of(Case("", PRESETS["rq-2x256x8"], 64, 64), 2, dtype)
+    assert (around.epilogue(problem, GPU, 1, sums) is not None) is needed
+
+
 def test_every_format_is_three_launches_at_most(monkeypatch: pytest.MonkeyPatch) -> None:
     for case in conformance_cases():
         small = dataclasses.replace(case, n=min(case.n, 64))
@@ -133,7 +147,7 @@ def both(
         y.copy_(sums if y.dim() == 3 else sums.sum(0))
 
     run = around.surround(core, problem, GPU, parts=parts)
-    run(Packed(around.lay_out(arrays)), x, ours)
+    run(Packed(arrays), x, ours)
     linear.surround(core, problem)(Packed(arrays), x, theirs)
     return [seen[0], ours], [seen[1], theirs]
 
@@ -142,7 +156,7 @@ def programs(case: Case, m: int, parts: int, dtype: Dtype) -> list[Program]:
     problem = problem_of(case, m, dtype)
     found = (
         around.prologue(problem, GPU),
-        around.epilogue(problem, GPU, parts, torch.float32),
+        around.epilogue(problem, GPU, parts),
     )
     return [program for program in found if program is not None]
 

@@ -7,7 +7,7 @@
 //     X, Entry, Code, Out   types of x, codebooks, codes and the output
 //     STAGES, LENGTH, ALONG_IN, LAYOUT, ROW_SETS, COLUMN_SETS
 //     entries(stage), bits(stage)   entries and stored bits of a stage's codes
-//     FINAL                 whether sums are stored as y itself; then also STRIDE, Y_SCALE, BIAS
+//     FINAL                 whether sums are stored as y itself; then also CELL_STRIDE, Y_SCALE, BIAS
 //
 // and what the kernel at hand names beside these.
 #pragma once
@@ -144,13 +144,13 @@ VQ_INLINE void decode(float (&sum)[T::LENGTH], const Arguments<T>& a, int row, i
 template <class T>
 VQ_INLINE int cell_feature(int position) {
     const int cell = position / T::LENGTH, element = position % T::LENGTH;
-    return (cell / T::STRIDE * T::LENGTH + element) * T::STRIDE + cell % T::STRIDE;
+    return (cell / T::CELL_STRIDE * T::LENGTH + element) * T::CELL_STRIDE + cell % T::CELL_STRIDE;
 }
 template <class T>
 VQ_INLINE int cell_position(int feature) {
-    constexpr int BLOCK = T::LENGTH * T::STRIDE;
+    constexpr int BLOCK = T::LENGTH * T::CELL_STRIDE;
     const int block = feature / BLOCK, inside = feature % BLOCK;
-    return (block * T::STRIDE + inside % T::STRIDE) * T::LENGTH + inside / T::STRIDE;
+    return (block * T::CELL_STRIDE + inside % T::CELL_STRIDE) * T::LENGTH + inside / T::CELL_STRIDE;
 }
 
 template <Along ALONG>
