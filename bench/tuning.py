@@ -19,7 +19,6 @@ from vqkernels.dispatch import default_choice
 from vqkernels.errors import UnsupportedError
 from vqkernels.kernel import Kernel
 from vqkernels.parts import check_fit
-from vqkernels.presets import parse_format
 from vqkernels.problem import Dtype
 
 __all__ = ["MEASURING", "Job", "Tuned", "jobs", "tune_job"]
@@ -72,8 +71,8 @@ def jobs(
     refused: list[str] = []
     for chosen in selections:
         for workload, layer, name in chosen.cases():
-            spec = parse_format(name)
             try:
+                spec = layer.spec(name)
                 check_fit(spec, layer.n, layer.k)
             except UnsupportedError as error:
                 refused.append(f"{workload.name} {layer.name} {name}: {error}")

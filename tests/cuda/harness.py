@@ -216,7 +216,7 @@ def run_program(
         grid=program.grid,
         threads=program.threads,
         shared_bytes=program.shared_bytes,
-        **options,
+        **{"writable": program.writes, **options},
     )
 
 
