@@ -119,9 +119,11 @@ def command(
     click.echo(render(list(tuning.rows(done)), _COLUMNS, output))
     if done:
         console.print(_spent(done), soft_wrap=True)
-    console.print(f"attempts: {store.url}; `vqbench export` makes them a tuned table")
+    console.print(
+        f"attempts: {store.url}; `vqbench export` makes them a tuned table", soft_wrap=True
+    )
     if plot is not None:
-        console.print(f"plots: {plot}")
+        console.print(f"plots: {plot}", soft_wrap=True)
     if interrupted:
         console.print("interrupted: every attempt that ended is kept; run it again to go on")
         sys.exit(130)
