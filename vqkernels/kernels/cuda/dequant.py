@@ -12,7 +12,7 @@ from torch import Tensor
 
 from vqkernels.device import Device
 from vqkernels.kernel import Footprint, Kernel, Packed, Run
-from vqkernels.kernels import launches, layout
+from vqkernels.kernels import gathers, launches, layout
 from vqkernels.kernels.access import LANES, LINE
 from vqkernels.kernels.cuda import counts, product
 from vqkernels.kernels.cuda.driver import Launcher
@@ -102,13 +102,13 @@ def work(config: Config, problem: Problem, device: Device) -> tuple[Work, ...]:
     # a block's cells lie in one row or few: nothing across is of use
     codes = counts.lane_codes(problem, code_layout, along, 1)
     itemsize = problem.torch_dtype.itemsize
-    a_store = counts.wide(length, itemsize)
+    a_store = gathers.wide(length, itemsize)
     stores = length * itemsize // a_store
     a_cell = _CELL + codes.instructions + stages * gather.instructions + (stages - 1) * length
     a_cell += stores + (length // 2 if itemsize == 2 else 0)
     dense = rows * columns * length * itemsize
     warps = -(-rows * columns // LANES)
-    books = product.book_entries(problem) * product.entry_bytes(problem)
+    books = gathers.packed_books(problem)
     decode = Work(
         hbm_bytes=layout.codes_bytes(problem, code_layout)
         + books

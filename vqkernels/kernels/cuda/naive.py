@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from vqkernels.device import Device
 from vqkernels.kernel import Footprint, Kernel
-from vqkernels.kernels import launches, layout
+from vqkernels.kernels import gathers, launches, layout
 from vqkernels.kernels.access import LANES, SECTOR
 from vqkernels.kernels.cuda import counts, product
 from vqkernels.kernels.cuda.program import Program
@@ -71,7 +71,7 @@ def work(config: Config, problem: Problem, device: Device) -> tuple[Work, ...]:
     length, stages = spec.vector_length, len(spec.stages)
     parts, span = program.grid[2], program.numbers["span"]
     blocks = program.grid[0] * program.grid[1] * parts
-    x_bytes = counts.inputs_bytes(problem)
+    x_bytes = gathers.inputs_bytes(problem)
     room = launches.l1_room(device, blocks, 0)
     gather = counts.global_gather(problem, room - min(room // 2, x_bytes // problem.m // parts))
     codes = counts.lane_codes(problem, code_layout, "rows", span)
@@ -86,7 +86,7 @@ def work(config: Config, problem: Problem, device: Device) -> tuple[Work, ...]:
     y_bytes = problem.m * program.numbers["width"] * itemsize
     stored = warps * -(-LANES * outputs // SECTOR) * SECTOR
     code_bytes = layout.codes_bytes(problem, code_layout)
-    books = product.book_entries(problem) * product.entry_bytes(problem)
+    books = gathers.packed_books(problem)
     # side by side in `columns`, a cell's codes are a line of their own; else of the cells beside it
     a_line = 1 if code_layout == "columns" else SECTOR * 8 // layout.code_bits(problem)
     launch = Work(

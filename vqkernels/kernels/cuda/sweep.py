@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from vqkernels.device import Device
-from vqkernels.kernels import launches, layout
+from vqkernels.kernels import gathers, launches, layout
 from vqkernels.kernels.access import LANES, LINE, SECTOR, strided_wavefronts
 from vqkernels.kernels.cuda import counts, product
-from vqkernels.kernels.cuda.counts import Codes, Gather
+from vqkernels.kernels.cuda.counts import Codes
 from vqkernels.kernels.cuda.program import Program
+from vqkernels.kernels.gathers import Gather
 from vqkernels.parts import code_grid
 from vqkernels.problem import Problem
 from vqkernels.space import Config, Constraint, Param
@@ -115,7 +116,7 @@ def room(program: Program, problem: Problem, device: Device) -> int:
     blocks = program.grid[0] * program.grid[1] * program.grid[2]
     whole = launches.l1_room(device, blocks, program.shared_bytes)
     return whole - min(
-        whole // 2, counts.inputs_bytes(problem) // (program.grid[1] * program.grid[2])
+        whole // 2, gathers.inputs_bytes(problem) // (program.grid[1] * program.grid[2])
     )
 
 
@@ -137,12 +138,12 @@ def work(
     one = _Sweep(program, config, problem, gather)
     blocks = program.grid[0] * program.grid[1] * program.grid[2]
     warps = config.number("warps")
-    x_bytes = counts.inputs_bytes(problem)
+    x_bytes = gathers.inputs_bytes(problem)
     held = min(program.grid[0], device.units)
     if x_bytes // (program.grid[1] * program.grid[2]) > room(program, problem, device):
         held = one.tiles
     codes = layout.codes_bytes(problem, config.text("layout"))
-    books = product.book_entries(problem) * product.entry_bytes(problem)
+    books = gathers.packed_books(problem)
     fills = blocks * filled_bytes
     fill_accesses = fills * copies / LINE
     launch = Work(
@@ -179,7 +180,7 @@ class _Sweep:
         self.codes = lane_codes(config, problem)
         self.tiles = -(-code_rows // rows)
         tiles = self.tiles * token_tiles
-        steps, longest = counts.span_steps(columns, program.numbers["span"], LANES * self.codes)
+        steps, longest = gathers.span_steps(columns, program.numbers["span"], LANES * self.codes)
         turns = -(-self.tiles // (program.grid[0] * config.number("warps")))
         self.longest = turns * longest
         # lanes past the end of a span do nothing: accesses are of the lanes at work
@@ -187,7 +188,7 @@ class _Sweep:
         brought = self._brought(config, problem, rows)
         sums = rows * tokens * outputs
         x_item = problem.torch_dtype.itemsize
-        x_width = counts.wide(inputs, x_item)
+        x_width = gathers.wide(inputs, x_item)
         x_loads = inputs * x_item // x_width
         x_waves = strided_wavefronts(self.codes * inputs * x_item, x_width)
         self.wavefronts = lanes * (
@@ -198,7 +199,7 @@ class _Sweep:
         vector = (stages - 1) * length + tokens * length if fused else stages * tokens * length
         a_code = (
             _LAST
-            + tokens * (_X_ADDRESS + x_loads + counts.convert(x_item, inputs))
+            + tokens * (_X_ADDRESS + x_loads + gathers.convert(x_item, inputs))
             + rows * (stages * gather.instructions + vector + _sets(program))
         )
         self.instructions = (
