@@ -24,8 +24,8 @@ __all__ = ["RESOURCES", "Prediction", "byte_floor", "predict", "predict_work", "
 RESOURCES = ("hbm", "l2", "shared", "issue", "tensor", "latency")
 
 # The share of a peak that good code reaches. HBM: gpu-benches reads at 0.90 (A100) to 0.97 (H100
-# PCIe, L40) of the data sheet's rate. The others are assumed: nothing here has run on a GPU. L2: the
-# rate is of whole lines, and a gather asks for single sectors.
+# PCIe, L40) of the data sheet's rate. The others are assumed, for no GPU has run the kernels; the
+# L2's, because its rate is of whole lines and a gather asks for single sectors.
 _REACHED = {"hbm": 0.9, "l2": 0.7, "shared": 0.9, "issue": 0.8, "tensor": 0.75}
 
 

@@ -99,7 +99,10 @@ def from_global(problem: Problem, room: int, overhead: float) -> Gather:
     pieces = entry // width
     stages = problem.spec.stages
     books = packed_books(problem)
-    misses = l1_misses(books, room)
+    sizes = [books * entries // sum(stages) for entries in stages]
+    # a small codebook stays beside one that no L1 holds
+    misses = [l1_misses(size, room if books > room else size) for size in sizes]
+    missed = sum(misses) / len(stages)
     waves = [
         max(gather_wavefronts(width, entry, e), _lines(e * entry) / LINES_A_WAVEFRONT)
         for e in stages
@@ -107,10 +110,10 @@ def from_global(problem: Problem, room: int, overhead: float) -> Gather:
     return Gather(
         pieces=pieces,
         wavefronts=pieces * sum(waves) / len(stages),
-        l2_bytes=LANES * misses * -(-entry // SECTOR) * SECTOR,
+        l2_bytes=LANES * missed * -(-entry // SECTOR) * SECTOR,
         instructions=overhead + pieces + convert(itemsize, length),
-        l2_trips=min(1.0, LANES * misses),
-        held_bytes=0 if misses else books,
+        l2_trips=min(1.0, LANES * missed),
+        held_bytes=sum(s for s, share in zip(sizes, misses, strict=True) if share == 0),
     )
 
 
