@@ -9,9 +9,13 @@ one does, and what waits (latency) takes a turn for every wave of blocks.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
+import numpy as np
+
+from autotune.candidates import Candidates
 from vqkernels.device import Device
 from vqkernels.errors import BackendError
 from vqkernels.kernel import Kernel
@@ -19,7 +23,15 @@ from vqkernels.problem import Problem
 from vqkernels.space import Config
 from vqkernels.work import Work
 
-__all__ = ["RESOURCES", "Prediction", "byte_floor", "predict", "predict_work", "predictable"]
+__all__ = [
+    "RESOURCES",
+    "Prediction",
+    "best_configs",
+    "byte_floor",
+    "predict",
+    "predict_work",
+    "predictable",
+]
 
 RESOURCES = ("hbm", "l2", "shared", "issue", "tensor", "latency")
 
@@ -27,6 +39,10 @@ RESOURCES = ("hbm", "l2", "shared", "issue", "tensor", "latency")
 # PCIe, L40) of the data sheet's rate. The others are assumed, for no GPU has run the kernels; the
 # L2's, because its rate is of whole lines and a gather asks for single sectors.
 _REACHED = {"hbm": 0.9, "l2": 0.7, "shared": 0.9, "issue": 0.8, "tensor": 0.75}
+
+# A space of up to this many is predicted whole, 0.3 ms a config; of a larger one as many at random,
+# then from the best few wherever a change of one parameter is predicted to be faster.
+_WHOLE, _CLIMBS = 400, 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,6 +90,53 @@ def predict_work(launches: Sequence[Work], device: Device) -> Prediction:
         by_resource={name: sum(one[name] for one in times) for name in RESOURCES},
         binds=max(binding, key=lambda name: binding[name]),
     )
+
+
+def best_configs(
+    kernel: Kernel, candidates: Candidates, problem: Problem, device: Device, count: int
+) -> list[tuple[Config, Prediction]]:
+    """The `count` configs that are predicted to be fastest, of those that were looked at.
+
+    The same ones on every run. Raises BackendError where nothing can be predicted.
+    """
+    if reason := predictable(kernel, device):
+        raise BackendError(reason)
+
+    @functools.cache
+    def seconds(index: int) -> float:
+        return _seconds(kernel, candidates[index], problem, device)
+
+    looked = set(candidates.sample(np.random.default_rng(0), _WHOLE).tolist())
+    if len(candidates) > _WHOLE:
+        for start in sorted(looked, key=lambda at: (seconds(at), at))[:_CLIMBS]:
+            looked |= _climb(start, seconds, candidates)
+    fastest = sorted(
+        (at for at in looked if seconds(at) < math.inf), key=lambda at: (seconds(at), at)
+    )
+    chosen = [candidates[at] for at in fastest[:count]]
+    return [(config, predict(kernel, config, problem, device)) for config in chosen]
+
+
+def _climb(start: int, seconds: Callable[[int], float], candidates: Candidates) -> set[int]:
+    """What is met on the way down from `start` to a config without a faster neighbour."""
+    met, at = {start}, start
+    while True:
+        around = candidates.neighbours(at).tolist()
+        met.update(around)
+        best = min(around, key=lambda one: (seconds(one), one), default=at)
+        if seconds(best) >= seconds(at):
+            return met
+        at = best
+
+
+def _seconds(kernel: Kernel, config: Config, problem: Problem, device: Device) -> float:
+    """The predicted time; infinite for what a block's shared memory doesn't hold."""
+    assert kernel.work is not None, kernel.id
+    launches = kernel.work(config, problem, device)
+    most = math.inf if device.shared_bytes is None else device.shared_bytes
+    if max(launch.shared_bytes for launch in launches) > most:
+        return math.inf
+    return predict_work(launches, device).seconds
 
 
 def byte_floor(nbytes: int, device: Device) -> float:

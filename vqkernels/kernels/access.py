@@ -32,6 +32,7 @@ def strided_sectors(stride: int, width: int, lanes: int = LANES) -> int:
     )
 
 
+@functools.cache
 def strided_wavefronts(stride: int, width: int) -> int:
     """Wavefronts of a warp's access of `width` bytes a lane, `stride` bytes apart."""
     total = 0
