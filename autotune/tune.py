@@ -263,9 +263,9 @@ def _search(loop: _Loop, arms: Sequence[Arm], baseline: Choice, plan: Plan) -> _
     def going() -> bool:
         return len(search.found) < plan.attempts and (end is None or time.monotonic() < end)
 
-    for one, config in _first(running):
+    for one, promising in _first(running):
         if going():
-            _try_first(loop, search, one, config, plan)
+            _try_first(loop, search, one, promising, plan)
     while going():
         turn = _whose_turn(running, loop.best_s)
         if turn is None:
