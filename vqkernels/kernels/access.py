@@ -84,10 +84,16 @@ def _none_above(lanes: int, places: int, most: int, entries: int) -> float:
         sum(_distinct(j, d, entries) for d in range(min(j, most) + 1)) / math.factorial(j)
         for j in range(lanes + 1)
     ]
-    whole = [1.0] + [0.0] * lanes
-    for _ in range(places):
-        whole = _product(whole, place)
+    whole = _power(place, places)
     return whole[lanes] * float(math.factorial(lanes)) / float(places) ** lanes
+
+
+def _power(one: Sequence[float], exponent: int) -> Sequence[float]:
+    if exponent == 1:
+        return one
+    half = _power(one, exponent // 2)
+    square = _product(half, half)
+    return _product(square, one) if exponent % 2 else square
 
 
 def _product(one: Sequence[float], other: Sequence[float]) -> list[float]:

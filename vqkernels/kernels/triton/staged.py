@@ -113,8 +113,9 @@ def programs(config: Config, problem: Problem) -> tuple[Program, ...]:
     )
 
 
-# Instructions of an element and 32 entries that it may lie among: a shuffle, a test, a choice.
-_AMONG = 2.5
+# Instructions of a step, and of an element for each 32 entries that it may lie among: a shuffle and
+# a choice, or less where one choice serves several.
+_STEP, _AMONG = 260, 1.9
 
 
 def work(config: Config, problem: Problem, device: Device) -> tuple[Work, ...]:
@@ -127,7 +128,7 @@ def work(config: Config, problem: Problem, device: Device) -> tuple[Work, ...]:
     among = elements * _padded(problem) / 32
     inputs = length if problem.spec.vector_axis == "in" else 1
     step = counts.Step(
-        40 + tile.lanes * 20 + _AMONG * among + elements * (2 + tile.tokens) + tile.tokens * inputs,
+        _STEP + _AMONG * among + elements * (2 + tile.tokens) + tile.tokens * inputs,
         # a shuffle takes the way of an access
         among + 4 * tile.lanes * length / 8 + tile.tokens * max(1.0, tile.cells * inputs / 64),
         shared_trips=4.0,
