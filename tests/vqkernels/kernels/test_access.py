@@ -62,19 +62,19 @@ def test_gathers_as_drawn(width: int, stride: int, entries: int, copies: int) ->
 widths = st.sampled_from([4, 8, 16])
 
 
-@given(widths, st.integers(1, 8), st.sampled_from([16, 256, 4096, 65536]))
-def test_gathers_lie_between_none_and_all_in_conflict(
-    width: int, pieces: int, entries: int
-) -> None:
+@given(widths, st.integers(1, 8), st.sampled_from([16, 256, 65536]))
+def test_conflicts_are_none_to_all(width: int, pieces: int, entries: int) -> None:
     waves = gather_wavefronts(width, width * pieces, entries)
     assert width / 4 <= waves <= 32
+    # with fewer entries, more lanes share a word
     assert waves <= gather_wavefronts(width, width * pieces, 4 * entries) + 1e-9
 
 
-@given(widths, st.sampled_from([256, 65536]))
-def test_more_copies_never_conflict_more(width: int, entries: int) -> None:
+@given(widths)
+def test_more_copies_never_conflict_more(width: int) -> None:
+    """Of many entries: of few, lanes in one bank often share a word."""
     copies = [c for c in (1, 2, 4, 8, 16, 32) if c * width <= 128]
-    waves = [gather_wavefronts(width, width * c, entries, c) for c in copies]
+    waves = [gather_wavefronts(width, width * c, 65536, c) for c in copies]
     assert waves == sorted(waves, reverse=True)
     assert waves[-1] == pytest.approx(width / 4)
 

@@ -22,11 +22,10 @@ ROOT = Path(__file__).resolve().parents[3]
 CUDA, TRITON = 0.2, 0.35
 
 
-@pytest.mark.parametrize(
-    "one",
-    [*loops.CUDA, *(pytest.param(x, marks=pytest.mark.sweep) for x in loops.MORE_CUDA)],
-    ids=str,
-)
+MORE = [pytest.param(one, marks=pytest.mark.sweep, id=str(one)) for one in loops.MORE_CUDA]
+
+
+@pytest.mark.parametrize("one", [*loops.CUDA, *MORE], ids=str)
 def test_a_cuda_kernel(one: Loop) -> None:
     assert loops.counted(one) == pytest.approx(loops.compiled(one), rel=CUDA)
 
