@@ -267,7 +267,7 @@ def test_a_known_device_by_a_part_of_its_name():
     assert device.known_device("4090").arch == "sm_89"
     with pytest.raises(BackendError, match="names several of the known ones; use one of a100-sxm"):
         device.known_device("0")
-    with pytest.raises(BackendError, match="names none of the known ones; use one of .*h200"):
+    with pytest.raises(BackendError, match=r"names none of the known ones; use one of .*h200"):
         device.known_device("v100")
 
 
