@@ -1,4 +1,4 @@
-"""What a warp's access to memory costs: sectors of the L2, and wavefronts of L1 and shared memory.
+"""What a warp's access to memory costs: wavefronts of L1 and shared memory, misses to the L2.
 
 The hardware serves 128 bytes a wavefront from 32 banks of 4 bytes: a 4-byte access of all lanes at
 once, an 8-byte one by halves of the warp, a 16-byte one by quarters; lanes that meet in a bank with
@@ -16,20 +16,12 @@ __all__ = [
     "SECTOR",
     "gather_wavefronts",
     "l1_misses",
-    "strided_sectors",
     "strided_wavefronts",
 ]
 
 LANES = 32
 SECTOR, LINE = 32, 128
 LINES_A_WAVEFRONT = 4
-
-
-def strided_sectors(stride: int, width: int, lanes: int = LANES) -> int:
-    """Sectors of `lanes` accesses of `width` bytes, `stride` bytes apart, from a sector's start."""
-    return len(
-        {(lane * stride + byte) // SECTOR for lane in range(lanes) for byte in (0, width - 1)}
-    )
 
 
 @functools.cache

@@ -1,4 +1,4 @@
-"""Sectors and wavefronts of a warp's accesses, by hand, by drawing, and as properties."""
+"""Wavefronts of a warp's accesses, by hand, by drawing, and as properties."""
 
 from __future__ import annotations
 
@@ -7,30 +7,24 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vqkernels.kernels.access import (
-    gather_wavefronts,
-    l1_misses,
-    strided_sectors,
-    strided_wavefronts,
-)
+from vqkernels.kernels.access import gather_wavefronts, l1_misses, strided_wavefronts
 
 
 @pytest.mark.parametrize(
-    ("stride", "width", "sectors", "wavefronts"),
+    ("stride", "width", "wavefronts"),
     [
-        (1, 1, 1, 1),  # 32 bytes side by side
-        (4, 4, 4, 1),
-        (8, 8, 8, 2),
-        (16, 16, 16, 4),
-        (32, 16, 32, 8),  # every other 16 bytes: a quarter of the warp meets twice
-        (64, 16, 32, 16),
-        (128, 4, 32, 32),  # all in one bank
-        (132, 4, 32, 8),  # a bank each, but 32 lines: four at a time
-        (0, 4, 1, 1),  # the same word
+        (1, 1, 1),  # 32 bytes side by side
+        (4, 4, 1),
+        (8, 8, 2),
+        (16, 16, 4),
+        (32, 16, 8),  # every other 16 bytes: a quarter of the warp meets twice
+        (64, 16, 16),
+        (128, 4, 32),  # all in one bank
+        (132, 4, 8),  # a bank each, but 32 lines: four at a time
+        (0, 4, 1),  # the same word
     ],
 )
-def test_lanes_that_lie_apart(stride: int, width: int, sectors: int, wavefronts: int) -> None:
-    assert strided_sectors(stride, width) == sectors
+def test_lanes_that_lie_apart(stride: int, width: int, wavefronts: int) -> None:
     assert strided_wavefronts(stride, width) == wavefronts
 
 

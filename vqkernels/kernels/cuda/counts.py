@@ -33,16 +33,21 @@ def global_gather(problem: Problem, room: int) -> Gather:
     return gathers.from_global(problem, room, _UNPACK + _GLOBAL_ADDRESS)
 
 
-def mixed(hot: Gather, cold: Gather, share: float) -> Gather:
-    """`share` of the lanes gather from `hot`, the others from `cold`; a warp goes both ways."""
-    both = 1 - share**LANES, 1 - (1 - share) ** LANES
+def mixed(hot: Gather, cold: Gather, problem: Problem, share: float) -> Gather:
+    """`share` of the first stage's lanes gather from `hot`, all others from `cold`."""
+    stages = problem.spec.stages
+    lanes = share / len(stages)
+    # what the L1 misses is in proportion to a codebook's size
+    missed = 1 - share * stages[0] / sum(stages)
+    goes_hot, goes_cold = 1 - (1 - share) ** LANES, 1 - share**LANES
+    # of the first stage a warp goes both ways; and the branch: compare, set and rejoin
+    first = goes_hot * hot.instructions + goes_cold * cold.instructions + 4
     return Gather(
-        pieces=hot.pieces + cold.pieces,
-        wavefronts=share * hot.wavefronts + (1 - share) * cold.wavefronts,
-        l2_bytes=(1 - share) * cold.l2_bytes,
-        # and the branch: compare, set and rejoin
-        instructions=both[1] * hot.instructions + both[0] * cold.instructions + 4,
-        l2_trips=min(1.0, (1 - share) * LANES * cold.l2_trips),
+        pieces=cold.pieces,
+        wavefronts=lanes * hot.wavefronts + (1 - lanes) * cold.wavefronts,
+        l2_bytes=missed * cold.l2_bytes,
+        instructions=(first + (len(stages) - 1) * cold.instructions) / len(stages),
+        l2_trips=min(1.0, missed * LANES * cold.l2_trips),
         held_bytes=cold.held_bytes,
     )
 

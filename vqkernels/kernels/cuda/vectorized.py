@@ -120,9 +120,9 @@ def work(config: Config, problem: Problem, device: Device) -> tuple[Work, ...]:
     (program,) = programs(config, problem)
     gather = counts.global_gather(problem, sweep.room(program, problem, device))
     if hot := hot_entries(config, problem):
-        stages = problem.spec.stages
-        share = (hot / stages[0]) ** _USE / len(stages)
-        gather = counts.mixed(counts.shared_gather(problem, 16, 1), gather, share)
+        near = counts.shared_gather(problem, 16, 1)
+        share = (hot / problem.spec.stages[0]) ** _USE
+        gather = counts.mixed(near, gather, problem, share)
     filled = shared_bytes(config, problem)
     return sweep.work(program, config, problem, device, gather, filled_bytes=filled)
 

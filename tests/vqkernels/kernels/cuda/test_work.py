@@ -10,6 +10,7 @@ import torch
 from tests.cuda import harness
 from tests.cuda.harness import Site
 from tests.vqkernels.kernels.cuda.test_kernels import HOPPER
+from vqkernels.device import known_device
 from vqkernels.kernel import registry
 from vqkernels.kernels.access import LINE, gather_wavefronts, strided_wavefronts
 from vqkernels.kernels.cuda import product
@@ -87,7 +88,7 @@ NAIVE = run("cuda/naive", layout="columns", threads=32)
 
 @pytest.fixture(scope="module", autouse=True)
 def built() -> None:
-    harness.build_programs([one.program for one in (ONE_COPY, COPIES, PLANES, NAIVE)])
+    harness.build([one.program for one in (ONE_COPY, COPIES, PLANES, NAIVE)])
 
 
 def total(sites: tuple[Site, ...], kind: str, count: str) -> int:
@@ -153,3 +154,57 @@ def test_spans_are_added_up_by_launches_of_their_own() -> None:
     assert copy.l2_bytes == (4 + 2) * y
     # partial sums stay in the L2
     assert sweep.hbm_bytes == ONE_COPY.works[0].hbm_bytes + 2 * COPIES.k - 2 * COPIES.n
+
+
+# ------------------------------------------------------------------------------------------------
+# formulas without a run
+
+LARGE = Problem(m=1, n=4096, k=4096, spec=PRESETS["vptq-65536-256"], dtype="float16")
+H100 = known_device("h100")
+
+
+def vectorized(**changes: Value) -> Work:
+    kernel = registry()["cuda/vectorized"]
+    assert kernel.work is not None
+    return kernel.work(kernel.default(LARGE, H100).replace(**changes), LARGE, H100)[0]
+
+
+def test_a_codebook_that_no_l1_holds_is_gathered_from_the_l2() -> None:
+    """A sector of 32 bytes for 0.9 of 16-byte entries of 65,536; the 256 of the residual stay."""
+    cells = LARGE.n * LARGE.k / 8
+    gathers = vectorized().l2_bytes / (32 * cells)
+    assert 0.9 < gathers < 1.1
+    # every block fills its shared memory; 19 % of the entries then serve a third of their codes
+    for count, left in ((1024, 0.9), (4096, 0.8), (12288, 0.65)):
+        one = vectorized(hot_entries=count)
+        gathered = one.l2_bytes - one.blocks * count * 16
+        assert gathered / vectorized().l2_bytes == pytest.approx(left, abs=0.05)
+
+
+def test_tiles_of_tokens_share_a_decode() -> None:
+    """Gathers as often as there are tiles of tokens, however many tokens these have."""
+    kernel = registry()["cuda/fused_rq"]
+    problem = Problem(m=8, n=4096, k=4096, spec=SPEC, dtype="float16")
+    assert kernel.work is not None
+    waves = {}
+    for tokens in (1, 2, 4):
+        config = kernel.default(problem, H100).replace(tokens=tokens, rows=2, splits=1)
+        waves[tokens] = kernel.work(config, problem, H100)[0].wavefronts
+    # half the tiles, half the gathers; x is loaded by each token alike
+    assert waves[1] - waves[2] == pytest.approx(2 * (waves[2] - waves[4]))
+    assert waves[2] > waves[4] > 0
+
+
+def test_what_surrounds_a_product_is_launched() -> None:
+    """A row scale is a product and a copy more; spans a sum and a copy."""
+    kernel = registry()["cuda/fused_rq"]
+    assert kernel.work is not None
+
+    def launches(form: str, **changes: Value) -> int:
+        problem = Problem(m=1, n=4096, k=4096, spec=PRESETS[form], dtype="float16")
+        config = kernel.default(problem, H100).replace(**changes)
+        return len(kernel.work(config, problem, H100))  # type: ignore[misc]
+
+    assert launches("rq-2x256x8", splits=1) == 1
+    assert launches("rq-2x256x8", splits=2) == 3
+    assert launches("aqlm-2x8", splits=1) == 3
