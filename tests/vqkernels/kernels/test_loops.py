@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import subprocess
 import sys
@@ -10,11 +11,15 @@ from pathlib import Path
 import pytest
 
 from tests.interpreter import compiling_environment
-from tests.vqkernels.kernels import loops
+from tests.vqkernels.kernels import keep_cubins, loops
 from tests.vqkernels.kernels.loops import Loop
 
 pytest.importorskip("cuda.bindings", reason="CUDA's bindings are not installed")
 pytest.importorskip("triton", reason="nvdisasm comes with Triton")
+
+from vqkernels.device import known_device
+from vqkernels.kernel import registry
+from vqkernels.space import Config, Value
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -46,3 +51,29 @@ def test_triton_kernels(tmp_path: Path) -> None:
     assert len(found) == len(loops.TRITON)
     off = {name: ours / real - 1 for name, (ours, real) in found.items()}
     assert {name: share for name, share in off.items() if abs(share) > TRITON} == {}
+
+
+def value(text: str) -> Value:
+    return int(text) if text.isdigit() else {"True": True, "False": False}.get(text, text)
+
+
+def test_registers_and_shared_memory_of_the_kept_table() -> None:
+    """Registers, guessed from tiles, within half and double; CUDA's shared memory to the byte."""
+    h100, off = known_device("h100"), []
+    with keep_cubins.TABLE.open(encoding="utf-8", newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row["arch"] == "sm_90" and row["registers"]]
+    for row in rows:
+        kernel, problem = (
+            registry()[row["kernel"]],
+            keep_cubins.problem(row["format"], int(row["m"])),
+        )
+        pairs = (item.split("=") for item in row["config"].split())
+        config = Config(**{name: value(text) for name, text in pairs})
+        assert kernel.work is not None
+        first = kernel.work(config, problem, h100)[0]
+        if not 0.5 <= first.registers / int(row["registers"]) <= 2:
+            off.append((row["kernel"], row["config"], first.registers, row["registers"]))
+        if kernel.backend == "cuda":
+            assert first.shared_bytes == int(row["shared_bytes"])
+    assert len(rows) > 50
+    assert len(off) <= len(rows) // 20, off

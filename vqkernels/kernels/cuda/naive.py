@@ -102,7 +102,7 @@ def work(config: Config, problem: Problem, device: Device) -> tuple[Work, ...]:
         instructions=-(-rows // LANES) * problem.m * columns * a_cell + 40 * warps,
         blocks=blocks,
         warps=config.number("threads") // LANES,
-        registers=32 + 2 * length,
+        registers=30 + length,
         hbm_trips=min(span, columns) / a_line + 1,
         l2_trips=min(span, columns) * gather.l2_trips,
         shared_trips=min(span, columns) * (2 if a_line > 1 else 1),

@@ -211,8 +211,8 @@ class _Sweep:
         self.l2_bytes = lanes * rows * (brought.l2_bytes / self.codes + stages * gather.l2_bytes)
         self.l2_bytes += tiles * parts * stored
         self.y_final = 0 if parts > 1 else problem.m * program.numbers["width"] * y_item
-        # codes and addresses, sums, x and entries of a cell in every row
-        held = 40 + sums + tokens * inputs + length * min(rows, 4)
+        # addresses and a row's place, sums, x, an entry, codes
+        held = 40 + 4 * rows + sums + tokens * inputs + length
         self.registers = min(255, held + rows * stages * max(1, self.codes // 4))
 
     def _brought(self, config: Config, problem: Problem, rows: int) -> Codes:

@@ -45,10 +45,11 @@ class Tile:
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """A warp's step: everything but codes and x from the L2."""
+    """A warp's step: everything but codes and x from the L2. registers: of a thread."""
 
     instructions: float
     wavefronts: float
+    registers: int
     shared_trips: float = 2.0
     tensor_flops: float = 0.0
 
@@ -80,7 +81,8 @@ def gemv_step(problem: Problem, tile: Tile, gather: Gather, *, fused: bool) -> S
     exchanged = 2 * stages * max(1.0, tile.lanes)
     inputs_waves = tile.tokens * max(1.0, tile.cells * inputs * itemsize / LINE)
     waves = tile.lanes * stages * gather.wavefronts + exchanged + inputs_waves
-    return Step(instructions, waves, shared_trips=3.0)
+    registers = 32 + int(elements * (tile.tokens + 1))
+    return Step(instructions, waves, registers, shared_trips=3.0)
 
 
 def products(
@@ -132,7 +134,7 @@ def products(
         tensor_dtype=problem.dtype,
         blocks=blocks,
         warps=tile.warps,
-        registers=min(255, 32 + int(tile.lanes * length * (tile.tokens + 1))),
+        registers=min(255, step.registers),
         shared_bytes=shared_bytes,
         hbm_trips=turns * longest + 1,
         l2_trips=turns * longest * gather.l2_trips,

@@ -154,7 +154,7 @@ def work(config: Config, problem: Problem, device: Device) -> tuple[Work, ...]:
         instructions=blocks * warps * a_warp,
         blocks=blocks,
         warps=warps,
-        registers=24 + int(lanes * length),
+        registers=18 + int(lanes * length / 2),
         hbm_trips=1,
         l2_trips=gather.l2_trips,
         shared_trips=3,

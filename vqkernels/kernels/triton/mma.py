@@ -176,6 +176,7 @@ def work(config: Config, problem: Problem, device: Device) -> tuple[Work, ...]:
         + 2 * stages * decoded
         + 2 * dots * decoded
         + 2 * tile.tokens * features * itemsize / LINE / tile.warps,
+        48 + int(tile.tokens * outputs / (LANES * tile.warps) + elements / 2),
         shared_trips=4.0,
         tensor_flops=dots * mmas * 4096,
     )

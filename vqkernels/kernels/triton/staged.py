@@ -131,6 +131,7 @@ def work(config: Config, problem: Problem, device: Device) -> tuple[Work, ...]:
         _STEP + _AMONG * among + elements * (2 + tile.tokens) + tile.tokens * inputs,
         # a shuffle takes the way of an access
         among + 4 * tile.lanes * length / 8 + tile.tokens * max(1.0, tile.cells * inputs / 64),
+        48 + int(elements * (tile.tokens + 1)),
         shared_trips=4.0,
     )
     return counts.products(product, problem, device, tile, step, gather, turns=stages)

@@ -234,6 +234,8 @@ def work(config: Config, problem: Problem, device: Device) -> tuple[Work, ...]:
         8 + tile.lanes * (stages * a_gather + a_cell),
         # a warp's x: each lane its own 16 bytes, apart by what a load of codes stands for
         tile.lanes * (stages * gather.wavefronts + tile.tokens * x_pieces * 8),
+        # an entry, and of each token x and sums
+        40 + length * (1 + tile.tokens),
         shared_trips=tile.lanes,
     )
     return counts.products(product, problem, device, tile, step, gather)

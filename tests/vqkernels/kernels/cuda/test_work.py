@@ -174,8 +174,8 @@ def test_a_codebook_that_no_l1_holds_is_gathered_from_the_l2() -> None:
     cells = LARGE.n * LARGE.k / 8
     gathers = vectorized().l2_bytes / (32 * cells)
     assert 0.9 < gathers < 1.1
-    # every block fills its shared memory; 19 % of the entries then serve a third of their codes
-    for count, left in ((1024, 0.9), (4096, 0.8), (12288, 0.65)):
+    # beside codes and what fills each block: 19 % of the entries serve a third of their codes
+    for count, left in ((1024, 0.95), (4096, 0.85), (12288, 0.72)):
         one = vectorized(hot_entries=count)
         gathered = one.l2_bytes - one.blocks * count * 16
         assert gathered / vectorized().l2_bytes == pytest.approx(left, abs=0.05)
