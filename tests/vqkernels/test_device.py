@@ -271,6 +271,12 @@ def test_a_known_device_by_a_part_of_its_name():
         device.known_device("v100")
 
 
+def test_a_whole_name_goes_before_parts(monkeypatch):
+    tables = {name: {**TABLES["h200"], "name": name} for name in ("h200-nvl", "h200", "gh200")}
+    monkeypatch.setattr(device, "known_devices", lambda: tables)
+    assert device.known_device("h200").name == "h200"
+
+
 @pytest.mark.parametrize(
     ("name", "table"),
     [

@@ -208,3 +208,16 @@ def test_what_surrounds_a_product_is_launched() -> None:
     assert launches("rq-2x256x8", splits=1) == 1
     assert launches("rq-2x256x8", splits=2) == 3
     assert launches("aqlm-2x8", splits=1) == 3
+
+
+def test_codes_that_outgrow_the_l2_come_from_memory_for_every_tile_of_tokens() -> None:
+    kernel = registry()["cuda/fused_rq"]
+    assert kernel.work is not None
+    moved = {}
+    for n in (4096, 65536):  # 4 and 64 MB of codes; an H100's L2 is 50 MB
+        for m in (1, 2):
+            problem = Problem(m=m, n=n, k=8192, spec=SPEC, dtype="float16")
+            config = kernel.default(problem, H100).replace(tokens=1, splits=1)
+            moved[n, m] = kernel.work(config, problem, H100)[0].hbm_bytes
+    assert moved[4096, 2] == moved[4096, 1] + 2 * (4096 + 8192)
+    assert moved[65536, 2] == moved[65536, 1] + 2 * (65536 + 8192) + 65536 * 8192 // 8 * 2
