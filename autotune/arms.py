@@ -44,18 +44,27 @@ def _arm(
     device: Device,
     bandwidth: Bandwidth | None,
 ) -> Arm:
-    first: list[Config] = []
-    if predictable(kernel, device) is None:
-        best = best_configs(kernel, candidates, problem, device, _FIRST)
-        first = [config for config, _ in best]
     return Arm(
         kernel.id,
         kernel.source_hash,
         candidates,
         kernel.default(problem, device),
         pruning(kernel, problem, device, bandwidth),
-        tuple(first),
+        _first(kernel, candidates, problem, device),
     )
+
+
+def _first(
+    kernel: Kernel, candidates: Candidates, problem: Problem, device: Device
+) -> tuple[Config, ...]:
+    """What is predicted to be fastest; nothing where no time is predicted."""
+    if predictable(kernel, device) is not None:
+        return ()
+    try:
+        best = best_configs(kernel, candidates, problem, device, _FIRST)
+    except Exception:  # a kernel that can't count its work is searched without
+        return ()
+    return tuple(config for config, _ in best)
 
 
 def pruning(
@@ -67,7 +76,16 @@ def pruning(
     """
     predicts = predictable(kernel, device) is None
 
+    def hopeless(config: Config, best_s: float) -> bool:
+        try:
+            return predict(kernel, config, problem, device).seconds > _HOPELESS * best_s
+        except Exception:  # a config that can't be counted may still be fast
+            return False
+
     def prune(config: Config, best_s: float | None) -> str | None:
+        # before the footprint, for which Triton compiles a config halfway
+        if predicts and best_s is not None and hopeless(config, best_s):
+            return f"predicted to take more than {_HOPELESS:g} times the best time"
         try:
             declared = kernel.footprint(config, problem, device)
         except Exception as error:  # a config that its own kernel can't size is no candidate
@@ -80,10 +98,6 @@ def pruning(
         floor = None if bandwidth is None else declared.weight_bytes / bandwidth.best
         if floor is not None and best_s is not None and floor > best_s:
             return "its bytes take longer than the best time"
-        if predicts and best_s is not None:
-            predicted = predict(kernel, config, problem, device).seconds
-            if predicted > _HOPELESS * best_s:
-                return f"predicted to take more than {_HOPELESS:g} times the best time"
         return None
 
     return prune

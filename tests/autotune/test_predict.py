@@ -274,3 +274,9 @@ def test_nothing_changes_where_nothing_is_predicted(kernel: Kernel, device: Devi
     (arm,) = arms.arms([kernel], PROBLEM, device, None)
     assert arm.first == ()
     assert arm.prune(Config(a=0, b=0, c=20), 1e-12) is None
+
+
+def test_a_kernel_that_fails_to_count_is_searched_without() -> None:
+    (arm,) = arms.arms([bowls(work=zoo.raising)], PROBLEM, GPU, None)
+    assert arm.first == ()
+    assert arm.prune(Config(a=0, b=0, c=20), 1e-12) is None
