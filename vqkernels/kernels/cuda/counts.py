@@ -11,10 +11,20 @@ import dataclasses
 from vqkernels.kernels import gathers, layout
 from vqkernels.kernels.access import LANES, LINE, SECTOR, strided_wavefronts
 from vqkernels.kernels.gathers import Gather
+from vqkernels.kernels.linear import set_axes
 from vqkernels.parts import code_grid
 from vqkernels.problem import Problem
+from vqkernels.spec import CodebookSpec
 
-__all__ = ["Codes", "global_gather", "lane_codes", "mixed", "shared_gather", "word_codes"]
+__all__ = [
+    "Codes",
+    "global_gather",
+    "lane_codes",
+    "mixed",
+    "set_address",
+    "shared_gather",
+    "word_codes",
+]
 
 # Of a code: its shift and mask, and the address of an entry in global or in shared memory.
 _UNPACK, _GLOBAL_ADDRESS, _SHARED_ADDRESS = 2, 2, 4
@@ -31,6 +41,11 @@ def shared_gather(problem: Problem, gather_bytes: int, copies: int) -> Gather:
 def global_gather(problem: Problem, room: int) -> Gather:
     """From global memory, through an L1 with `room` bytes for codebooks."""
     return gathers.from_global(problem, room, _UNPACK + _GLOBAL_ADDRESS)
+
+
+def set_address(spec: CodebookSpec) -> int:
+    """Instructions that find a cell's codebook set: a load and its address for each axis."""
+    return 4 * sum(set_axes(spec))
 
 
 def mixed(hot: Gather, cold: Gather, problem: Problem, share: float) -> Gather:

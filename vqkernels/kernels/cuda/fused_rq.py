@@ -9,7 +9,7 @@ from __future__ import annotations
 from vqkernels.device import Device
 from vqkernels.kernel import Footprint, Kernel
 from vqkernels.kernels import layout
-from vqkernels.kernels.cuda import counts, product, sweep
+from vqkernels.kernels.cuda import counts, product, sweep, sweep_work
 from vqkernels.kernels.cuda.program import Program
 from vqkernels.problem import Problem
 from vqkernels.space import Config, Param, Space
@@ -44,8 +44,8 @@ def programs(config: Config, problem: Problem) -> tuple[Program, ...]:
 def work(config: Config, problem: Problem, device: Device) -> tuple[Work, ...]:
     """Entries from L1, or from L2 where the codebooks are larger."""
     (program,) = programs(config, problem)
-    gather = counts.global_gather(problem, sweep.room(program, problem, device))
-    return sweep.work(program, config, problem, device, gather)
+    gather = counts.global_gather(problem, sweep_work.room(program, problem, device))
+    return sweep_work.work(program, config, problem, device, gather)
 
 
 KERNEL = Kernel(

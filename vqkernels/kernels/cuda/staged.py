@@ -11,7 +11,7 @@ from __future__ import annotations
 from vqkernels.device import Device
 from vqkernels.kernel import Footprint, Kernel
 from vqkernels.kernels import layout
-from vqkernels.kernels.cuda import counts, product, sweep
+from vqkernels.kernels.cuda import counts, product, sweep, sweep_work
 from vqkernels.kernels.cuda.program import Program
 from vqkernels.problem import Problem
 from vqkernels.space import Config, Constraint, Param, Space
@@ -103,7 +103,9 @@ def work(config: Config, problem: Problem, device: Device) -> tuple[Work, ...]:
     copies = config.number("replicas")
     gather = counts.shared_gather(problem, config.number("gather_bytes"), copies)
     books = product.book_entries(problem) * product.entry_bytes(problem)
-    return sweep.work(program, config, problem, device, gather, filled_bytes=books, copies=copies)
+    return sweep_work.work(
+        program, config, problem, device, gather, filled_bytes=books, copies=copies
+    )
 
 
 KERNEL = Kernel(

@@ -13,7 +13,7 @@ from torch import Tensor
 from vqkernels.device import Device
 from vqkernels.kernel import Footprint, Kernel, Packed
 from vqkernels.kernels import layout
-from vqkernels.kernels.cuda import counts, product, sweep
+from vqkernels.kernels.cuda import counts, product, sweep, sweep_work
 from vqkernels.kernels.cuda.program import Program
 from vqkernels.problem import Problem
 from vqkernels.space import Config, Param, Space
@@ -118,13 +118,13 @@ _USE = 0.65
 def work(config: Config, problem: Problem, device: Device) -> tuple[Work, ...]:
     """Hot entries from shared memory, the others as `fused_rq` takes them."""
     (program,) = programs(config, problem)
-    gather = counts.global_gather(problem, sweep.room(program, problem, device))
+    gather = counts.global_gather(problem, sweep_work.room(program, problem, device))
     if hot := hot_entries(config, problem):
         near = counts.shared_gather(problem, 16, 1)
         share = (hot / problem.spec.stages[0]) ** _USE
         gather = counts.mixed(near, gather, problem, share)
     filled = shared_bytes(config, problem)
-    return sweep.work(program, config, problem, device, gather, filled_bytes=filled)
+    return sweep_work.work(program, config, problem, device, gather, filled_bytes=filled)
 
 
 KERNEL = Kernel(
