@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 from vqkernels.device import Device
+from vqkernels.kernels import gathers, layout
 from vqkernels.kernels.linear import core_shape
 from vqkernels.problem import Problem
 from vqkernels.work import Work
@@ -14,6 +15,7 @@ __all__ = [
     "dense_product",
     "elementwise",
     "l1_room",
+    "memory_bytes",
     "streamed",
     "streamed_after_write",
     "surrounding",
@@ -34,6 +36,19 @@ def streamed(nbytes: int, passes: int, device: Device) -> int:
     """Bytes from main memory of what is read `passes` times, in order."""
     # an L2 is full at three quarters: other data, and hashed sets that fill up unevenly
     return nbytes if nbytes <= device.llc_bytes * 3 // 4 else nbytes * passes
+
+
+def memory_bytes(
+    problem: Problem, code_layout: str, passes: int, parts: int, device: Device
+) -> int:
+    """Bytes from and to main memory of a product that reads its codes `passes` times.
+
+    parts: spans of k; the partial sums of several stay in the L2.
+    """
+    _, width = core_shape(problem.spec, problem.n, problem.k)
+    codes = streamed(layout.codes_bytes(problem, code_layout), passes, device)
+    y = problem.m * width * problem.torch_dtype.itemsize if parts == 1 else 0
+    return codes + gathers.packed_books(problem) + gathers.inputs_bytes(problem) + y
 
 
 def elementwise(read: int, written: int) -> Work:

@@ -83,17 +83,11 @@ def work(config: Config, problem: Problem, device: Device) -> tuple[Work, ...]:
     cells = problem.m * (rows / LANES) * columns
     warps = -(-rows // LANES) * problem.m * parts
     outputs = (1 if along_in else length) * (4 if parts > 1 else itemsize)
-    y_bytes = problem.m * program.numbers["width"] * itemsize
     stored = warps * -(-LANES * outputs // SECTOR) * SECTOR
-    code_bytes = layout.codes_bytes(problem, code_layout)
-    books = gathers.packed_books(problem)
     # side by side in `columns`, a cell's codes are a line of their own; else of the cells beside it
     a_line = 1 if code_layout == "columns" else SECTOR * 8 // layout.code_bits(problem)
     launch = Work(
-        hbm_bytes=launches.streamed(code_bytes, problem.m, device)
-        + books
-        + x_bytes
-        + (y_bytes if parts == 1 else 0),
+        hbm_bytes=launches.memory_bytes(problem, code_layout, problem.m, parts, device),
         l2_bytes=cells * (codes.l2_bytes + stages * gather.l2_bytes)
         + min(program.grid[0], device.units) * x_bytes
         + min(blocks, device.units) * gather.held_bytes

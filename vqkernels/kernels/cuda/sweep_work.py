@@ -6,7 +6,7 @@ import dataclasses
 import math
 
 from vqkernels.device import Device
-from vqkernels.kernels import gathers, launches, layout
+from vqkernels.kernels import gathers, launches
 from vqkernels.kernels.access import LANES, LINE, SECTOR, strided_wavefronts
 from vqkernels.kernels.cuda import counts, sweep
 from vqkernels.kernels.cuda.counts import Codes
@@ -51,15 +51,12 @@ def work(
     # x stays in the L1 of every multiprocessor, or comes again for every tile of rows
     x_stays = _x_span(program, problem) <= room(program, problem, device)
     x_reads = min(program.grid[0], device.units) if x_stays else shape.row_tiles
-    codes = layout.codes_bytes(problem, config.text("layout"))
     fill = blocks * filled_bytes
     y_item = 4 if parts > 1 else problem.torch_dtype.itemsize
-    y_bytes = problem.m * program.numbers["width"] * y_item
     launch = Work(
-        hbm_bytes=launches.streamed(codes, program.grid[1], device)
-        + gathers.packed_books(problem)
-        + x_bytes
-        + (0 if parts > 1 else y_bytes),
+        hbm_bytes=launches.memory_bytes(
+            problem, config.text("layout"), program.grid[1], parts, device
+        ),
         l2_bytes=shape.lanes * one.l2_bytes
         + x_reads * x_bytes
         + fill

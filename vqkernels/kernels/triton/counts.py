@@ -119,10 +119,7 @@ def products(
     # a lane's own sums, then five exchanges of what is left for each output
     ending = tile.tokens * (tile.lanes * length + 12 * outputs / tile.warps) + 60
     launch = Work(
-        hbm_bytes=launches.streamed(codes, program.grid[1], device)
-        + gathers.packed_books(problem)
-        + x_bytes
-        + (0 if parts > 1 else y_bytes),
+        hbm_bytes=launches.memory_bytes(problem, code_layout, program.grid[1], parts, device),
         l2_bytes=program.grid[1] * codes
         + min(program.grid[0], device.units) * x_bytes
         + cells * stages * gather.l2_bytes / LANES
