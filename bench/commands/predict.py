@@ -75,7 +75,7 @@ def command(
     prediction. dense floor: the same of a dense weight in x's dtype, which no BLAS beats. Where the
     device has been measured, in the same config, the median stands beside.
     """
-    device = detect(name) if name.startswith(("cuda", "auto")) else known_device(name)
+    device = detect(name) if name.startswith("cuda") else known_device(name)
     chosen = matching_kernels(kernels, device)
     measured = _measured(records or tuple(sorted((results / device.slug).glob("*.jsonl"))), device)
     rows: list[Row] = []

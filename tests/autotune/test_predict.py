@@ -152,6 +152,7 @@ def test_a_faster_device_is_never_slower(given: dict[str, float]) -> None:
 # kernels
 
 COUNTING = [kernel for kernel in registry().kernels.values() if kernel.work is not None]
+SPACES = {kernel.id: enumerate_space(kernel.space) for kernel in COUNTING}
 
 
 def test_every_kernel_that_launches_gpu_programs_counts_its_work() -> None:
@@ -177,9 +178,22 @@ def test_defaults_are_slower_than_memory(kernel: Kernel, name: str) -> None:
 
 
 @pytest.mark.parametrize("kernel", COUNTING, ids=lambda kernel: kernel.id)
+@given(st.integers(10, 15), st.integers(10, 15), st.integers(0, 10**6))
+def test_more_rows_are_never_faster(kernel: Kernel, one: int, other: int, number: int) -> None:
+    """In any config. Of whole blocks, and rows of codes that always lie a multiple of 128 apart."""
+    h100, candidates = known_device("h100"), SPACES[kernel.id]
+    config = candidates[number % len(candidates)]
+    fewer, more = (
+        predict(kernel, config, dataclasses.replace(PROBLEM, n=1 << bits), h100)
+        for bits in sorted((one, other))
+    )
+    assert fewer.seconds <= more.seconds * (1 + 1e-9)
+
+
+@pytest.mark.parametrize("kernel", COUNTING, ids=lambda kernel: kernel.id)
 def test_every_format_and_some_configs_can_be_predicted(kernel: Kernel) -> None:
     """Finite, above the fixed cost, and never fewer launches than one."""
-    device, candidates = known_device("h100"), enumerate_space(kernel.space)
+    device, candidates = known_device("h100"), SPACES[kernel.id]
     configs = candidates[:: max(1, len(candidates) // 5)]
     taken = 0
     for spec in PRESETS.values():

@@ -56,7 +56,7 @@ def test_gathers_as_drawn(width: int, stride: int, entries: int, copies: int) ->
 widths = st.sampled_from([4, 8, 16])
 
 
-@given(widths, st.integers(1, 8), st.sampled_from([16, 256, 65536]))
+@given(widths, st.integers(1, 4), st.sampled_from([16, 256, 65536]))
 def test_conflicts_are_none_to_all(width: int, pieces: int, entries: int) -> None:
     waves = gather_wavefronts(width, width * pieces, entries)
     assert width / 4 <= waves <= 32
