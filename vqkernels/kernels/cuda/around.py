@@ -10,6 +10,7 @@ is left: `store` says so, and no epilogue is launched.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 
 import torch
@@ -17,11 +18,13 @@ from torch import Tensor
 
 from vqkernels.device import Device
 from vqkernels.kernel import Packed, Run
+from vqkernels.kernels import launches
 from vqkernels.kernels.cuda.driver import Launcher
 from vqkernels.kernels.cuda.program import C_TYPES, Program
 from vqkernels.kernels.linear import core_shape
 from vqkernels.problem import Problem
 from vqkernels.spec import ScaleAxis
+from vqkernels.work import Work
 
 __all__ = [
     "aligned",
@@ -30,6 +33,7 @@ __all__ = [
     "prologue",
     "store",
     "surround",
+    "work",
     "workspace_bytes",
 ]
 
@@ -242,6 +246,36 @@ def _preparing(
         return written.pop("out", x), written
 
     return prepare
+
+
+def work(
+    core: tuple[Work, ...],
+    problem: Problem,
+    device: Device,
+    *,
+    parts: int = 1,
+    sums: torch.dtype | None = None,
+    final: bool = False,
+) -> tuple[Work, ...]:
+    """`core` with the launches that `surround` puts around it; same arguments."""
+    spec, m, itemsize = problem.spec, problem.m, problem.torch_dtype.itemsize
+    before = prologue(problem, device)
+    after = None if final else epilogue(problem, device, parts, sums)
+    _, width = core_shape(spec, problem.n, problem.k)
+    found = list(core)
+    if before is not None:
+        columns = before.numbers["width"]
+        # a block of tokens reads the whole rotation
+        rotations = before.grid[0] * 4 * columns * spec.rotation_size
+        found.insert(
+            0, launches.elementwise(m * problem.k * itemsize + rotations, m * columns * itemsize)
+        )
+    if after is not None:
+        left = parts * m * width * (sums or torch.float32).itemsize
+        sides = 4 * problem.n * spec.side_columns
+        one = launches.elementwise(left + after.grid[0] * sides, m * problem.n * itemsize)
+        found.append(dataclasses.replace(one, hbm_bytes=sides))
+    return tuple(found)
 
 
 def aligned(x: Tensor) -> Tensor:
