@@ -20,7 +20,6 @@ from vqkernels.device import Device, detect, known_device
 from vqkernels.errors import ConfigError, UnsupportedError
 from vqkernels.kernel import Kernel
 from vqkernels.parts import check_fit
-from vqkernels.presets import parse_format
 from vqkernels.problem import Dtype, Problem
 from vqkernels.space import Config
 
@@ -58,6 +57,7 @@ _MEASURED = {"measured_us": "measured us", "ratio": "measured/predicted", "timer
 def command(
     workloads: tuple[str, ...],
     layers: tuple[str, ...],
+    fuse: bool,
     formats: tuple[str, ...],
     kernels: tuple[str, ...],
     ms: tuple[int, ...],
@@ -80,7 +80,17 @@ def command(
     measured = _measured(records or tuple(sorted((results / device.slug).glob("*.jsonl"))), device)
     rows: list[Row] = []
     refused: dict[str, int] = {}
-    for layer, form, problem in _problems(workloads, layers, formats, ms, dtype, refused):
+    selections = [
+        Selection(
+            workload=workload,
+            layers=tuple(layers) or ("*",),
+            formats=tuple(formats) or ("aqlm-2x8",),
+            ms=tuple(ms) or (1,),
+            fuse=fuse,
+        )
+        for workload in workloads or ("llama2-7b",)
+    ]
+    for layer, form, problem in _problems(selections, dtype, refused):
         for kernel in chosen:
             reason = predictable(kernel, device) or kernel.supports(problem, device)
             if reason is not None:
@@ -105,28 +115,17 @@ def _title(device: Device, dtype: str) -> str:
 
 
 def _problems(
-    workloads: Sequence[str],
-    layers: Sequence[str],
-    formats: Sequence[str],
-    ms: Sequence[int],
-    dtype: Dtype,
-    refused: dict[str, int],
+    selections: Sequence[Selection], dtype: Dtype, refused: dict[str, int]
 ) -> Iterator[tuple[str, str, Problem]]:
     """Names of the layers, format and problem of each distinct product."""
     found: dict[tuple[str, Problem], list[str]] = {}
-    for workload in workloads or ("llama2-7b",):
-        selection = Selection(
-            workload=workload,
-            layers=tuple(layers) or ("*",),
-            formats=tuple(formats) or ("aqlm-2x8",),
-            ms=tuple(ms) or (1,),
-        )
-        for _, layer, form in selection.cases():
-            spec = parse_format(form)
+    for selection in selections:
+        for workload, layer, form in selection.cases():
             try:
+                spec = layer.spec(form)
                 check_fit(spec, layer.n, layer.k)
             except UnsupportedError as error:
-                refused[f"{workload} {layer.name} {form}: {error}"] = 1
+                refused[f"{workload.name} {layer.name} {form}: {error}"] = 1
                 continue
             for m in selection.ms:
                 problem = Problem(m=m, n=layer.n, k=layer.k, spec=spec, dtype=dtype)

@@ -146,12 +146,12 @@ def test_a_warp_of_naive_walks_all_columns() -> None:
     assert NAIVE.works[0].shared_trips == columns
 
 
-def test_spans_are_added_up_by_launches_of_their_own() -> None:
-    sweep, sums, copy = COPIES.works
+def test_spans_are_added_up_by_a_launch_of_its_own() -> None:
+    sweep, epilogue = COPIES.works
     assert sweep.blocks == 8
     y = COPIES.m * COPIES.n
-    assert sums.l2_bytes == (2 + 1) * 4 * y
-    assert copy.l2_bytes == (4 + 2) * y
+    assert epilogue.l2_bytes == (2 * 4 + 2) * y
+    assert epilogue.hbm_bytes == 0
     # partial sums stay in the L2
     assert sweep.hbm_bytes == ONE_COPY.works[0].hbm_bytes + 2 * COPIES.k - 2 * COPIES.n
 
@@ -196,7 +196,7 @@ def test_tiles_of_tokens_share_a_decode() -> None:
 
 
 def test_what_surrounds_a_product_is_launched() -> None:
-    """A row scale is a product and a copy more; spans a sum and a copy."""
+    """The product stores a row scale itself, unless it leaves spans to be added up."""
     kernel = registry()["cuda/fused_rq"]
     assert kernel.work is not None
 
@@ -206,8 +206,24 @@ def test_what_surrounds_a_product_is_launched() -> None:
         return len(kernel.work(config, problem, H100))  # type: ignore[misc]
 
     assert launches("rq-2x256x8", splits=1) == 1
-    assert launches("rq-2x256x8", splits=2) == 3
-    assert launches("aqlm-2x8", splits=1) == 3
+    assert launches("rq-2x256x8", splits=2) == 2
+    assert launches("aqlm-2x8", splits=1) == 1
+    assert launches("aqlm-2x8", splits=2) == 2
+
+
+def test_a_format_that_changes_x_is_a_launch_before() -> None:
+    kernel = registry()["cuda/fused_rq"]
+    spec = dataclasses.replace(
+        PRESETS["aqlm-2x8"], permuted=True, outlier_columns=16, rotation_size=64
+    )
+    problem = Problem(m=3, n=4096, k=4096, spec=spec, dtype="float16")
+    config = kernel.default(problem, H100).replace(splits=1)
+    assert kernel.work is not None
+    prologue, product, epilogue = kernel.work(config, problem, H100)
+    # x, and the rotation of each block of 64, once for the three tokens; what is left of x
+    assert prologue.l2_bytes == 2 * 3 * 4096 + 4 * 64 * 4080 + 2 * 3 * 4080
+    assert product.blocks > 1
+    assert epilogue.hbm_bytes == 4 * 4096 * 16
 
 
 def test_codes_that_outgrow_the_l2_come_from_memory_for_every_tile_of_tokens() -> None:
