@@ -22,6 +22,10 @@ STAMP_RUN   := $(VENV)/.done-run$(HAS)
 STAMP_TEST  := $(VENV)/.done-test$(HAS)
 PINS := pyproject.toml constraints.txt
 
+# Tests in a process a core: most of their time is one thread's, of a compiler. Four at most, since
+# each compiles what its tests share.
+SIDE_BY_SIDE := -n logical --maxprocesses 4 --dist worksteal
+
 .DEFAULT_GOAL := help
 .PHONY: help run test test-sweeps benchmarks lint clean
 
@@ -32,10 +36,10 @@ run: $(STAMP_RUN) ## set up what is needed, then measure: vqbench run $(ARGS)
 	$(BIN)/vqbench run $(ARGS)
 
 test: lint ## lint, then every test but the sweeps (under 10 minutes)
-	$(BIN)/python -m pytest -m "not sweep"
+	$(BIN)/python -m pytest -m "not sweep" $(SIDE_BY_SIDE)
 
 test-sweeps: $(STAMP_TEST) ## the long sweeps over shapes and formats
-	$(BIN)/python -m pytest -m sweep
+	$(BIN)/python -m pytest -m sweep $(SIDE_BY_SIDE)
 
 benchmarks: $(STAMP_TEST) ## speed claims, measured against other projects' kernels
 	$(BIN)/python -m pytest tests/benchmarks --benchmark-only
