@@ -23,6 +23,7 @@ __all__ = [
     "book_entries",
     "compiler",
     "constants",
+    "core",
     "entry_bytes",
     "footprint",
     "numbers",
@@ -34,6 +35,7 @@ __all__ = [
 ]
 
 Compile = Callable[[Config, Problem, Device], Run]
+Core = Callable[[Packed, Tensor, Tensor], None]
 
 # A vector lives in registers, fp32, for each row and token that a thread has in hand.
 LONGEST = 32
@@ -155,28 +157,33 @@ def compiler(programs: Callable[[Config, Problem], tuple[Program, ...]]) -> Comp
 
     def compile(config: Config, problem: Problem, device: Device) -> Run:
         (product,) = programs(config, problem)
-        parts = product.grid[2]
-        # y in x's type, or in fp32 where it goes on: a launcher each, the first made now
-        usual = torch.float32 if parts > 1 else problem.torch_dtype
-        launchers = {usual: Launcher(product, device)}
-
-        def launcher(dtype: torch.dtype) -> Launcher:
-            if dtype not in launchers:
-                launchers[dtype] = Launcher(writing(product, dtype), device)
-            return launchers[dtype]
-
-        def core(packed: Packed, x: Tensor, out: Tensor) -> None:
-            given = {**arrays_of(packed), "x": aligned(x)}
-            if parts == 1:
-                launcher(out.dtype)({**given, "out": out})
-                return
-            partial = torch.empty(parts, *out.shape, dtype=torch.float32, device=out.device)
-            launcher(torch.float32)({**given, "out": partial})
-            out.copy_(partial.sum(dim=0))
-
-        return surround(core, problem)
+        return surround(core(product, problem, device), problem)
 
     return compile
+
+
+def core(product: Program, problem: Problem, device: Device) -> Core:
+    """Launches of `product`, and the sum of its spans."""
+    parts = product.grid[2]
+    # y in x's type, or in fp32 where it goes on: a launcher each, the first made now
+    usual = torch.float32 if parts > 1 else problem.torch_dtype
+    launchers = {usual: Launcher(writing(product, usual), device)}
+
+    def launcher(dtype: torch.dtype) -> Launcher:
+        if dtype not in launchers:
+            launchers[dtype] = Launcher(writing(product, dtype), device)
+        return launchers[dtype]
+
+    def run(packed: Packed, x: Tensor, out: Tensor) -> None:
+        given = {**arrays_of(packed), "x": aligned(x)}
+        if parts == 1:
+            launcher(out.dtype)({**given, "out": out})
+            return
+        partial = torch.empty(parts, *out.shape, dtype=torch.float32, device=out.device)
+        launcher(torch.float32)({**given, "out": partial})
+        out.copy_(partial.sum(dim=0))
+
+    return run
 
 
 def writing(program: Program, dtype: torch.dtype) -> Program:
@@ -191,5 +198,5 @@ def aligned(x: Tensor) -> Tensor:
 
 def arrays_of(packed: Packed) -> Mapping[str, Tensor]:
     """What a launch passes of the packed weight."""
-    names = ("codes", "books", "row_sets", "column_sets")
+    names = ("codes", "books", "row_sets", "column_sets", "scales")
     return {name: packed[name] for name in names if name in packed}
