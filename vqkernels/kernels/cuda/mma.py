@@ -139,18 +139,26 @@ def default(problem: Problem, device: Device) -> Config:
 
 
 def _variant(problem: Problem, arch: int) -> dict[str, str | int]:
-    """W as B, exact, where fp32 sums run at full rate; else as few mma as can be."""
-    tokens = next((t for t in (4, 8, 16, 32) if t >= problem.m), 64)
-    slow = arch in (86, 87, 88, 89) or arch >= 120  # fp32 sums at half rate
-    combine = "hadd2" if slow or problem.m > 16 else "mma"
-    if arch == 80 and tokens <= 8:
-        return {"variant": "split" if tokens == 4 else "a", "tokens": tokens, "combine": combine}
-    return {"variant": "b", "tokens": max(16, tokens), "combine": combine}
+    """The fewest mma that take m tokens: exact ones, but for fp32 sums at half rate and many tokens.
+
+    Passes of 32 at most: 64 tokens' sums leave too few registers for what is gathered ahead.
+    """
+    tokens = next((t for t in (4, 8, 16) if t >= problem.m), 32)
+    if tokens == 4 and problem.spec.vector_length == 4:
+        tokens = 8
+    slow = arch in (86, 87, 88, 89) or arch >= 120
+    # H100's tensor cores outrun its shared memory with twice the mma that W as A needs
+    variant = "split" if tokens == 4 else "a" if tokens == 8 and arch not in (90, 100) else "b"
+    return {
+        "variant": variant,
+        "tokens": max(LEAST_TOKENS[variant], tokens),
+        "combine": "hadd2" if slow or problem.m > 16 else "mma",
+    }
 
 
 def _shaped(config: Config, problem: Problem, device: Device) -> Config:
     """Warps, and spans of k until every multiprocessor has a block with two chunks a warp."""
-    warps = 8
+    warps = 8  # 16 leave 128 registers a thread, and few entries on their way to it
     config = config.replace(warps=warps, depth=2)
     chunks = Tiling(config, problem).chunks
     warps_k = max(w for w in (1, 2, 4, 8, 16) if w == 1 or (w <= warps and 2 * w <= chunks))

@@ -52,7 +52,9 @@ VQ_CONSTANT int lane_words(int stage) {
 template <class T>
 VQ_CONSTANT int words_before(int stage) {
     int sum = 0;
-    for (int s = 0; s < stage; s++) sum += lane_words<T>(s);
+    // a loop to STAGES, for one to `stage` is not unrolled before it is called
+#pragma unroll
+    for (int s = 0; s < T::STAGES; s++) sum += s < stage ? lane_words<T>(s) : 0;
     return sum;
 }
 template <class T>
