@@ -16,7 +16,6 @@ from vqkernels.device import Device
 from vqkernels.kernel import Footprint, Kernel, Packed, Run
 from vqkernels.kernels.cuda import product
 from vqkernels.kernels.cuda.program import Program
-from vqkernels.kernels.cuda.sweep import BLOCKS
 from vqkernels.kernels.cuda.tiles import BIG, WARP, Tiling, pack_codes
 from vqkernels.kernels.cuda.vectorized import by_use
 from vqkernels.kernels.linear import (
@@ -35,7 +34,9 @@ from vqkernels.tensor import QuantizedTensor
 LENGTHS = (4, 8, 16, 32)
 LEAST_TOKENS = {"a": 8, "b": 16, "split": 4, "bytes": 8}
 LEAST_GROUP = 32  # rows of W: a tile of 64 is the least that a codebook set takes up
-MOST_BYTES_K = 1 << 17  # products of bytes that an int32 holds
+BLOCKS = (16, 32, 54, 64, 66, 108, 128, 132, 264, 4096)  # all and half of the units of some GPUs
+
+_PASS_BYTES = 48 << 10  # codes that a block reads while spans are added: 3 us at 16 B a clock
 
 SPACE = Space(
     params=(
@@ -126,20 +127,17 @@ def default(problem: Problem, device: Device) -> Config:
     arch = int(device.arch.removeprefix("sm_"))
     room = device.shared_bytes or 48 << 10
     config = _shaped(_simplest(problem).replace(**_variant(problem, arch)), problem, device)
-    big = any(entries > BIG for entries in problem.spec.stages)
-    for replicas in (8, 4, 1):
-        choice = config.replace(replicas=replicas)
-        if Tiling(choice, problem).shared_bytes <= room:
-            break
-    if big:
-        for hot in (12288, 8192, 4096, 2048):
-            if Tiling(warm := choice.replace(hot_entries=hot), problem).shared_bytes <= room:
-                return warm
-    return choice
+    choices = [config.replace(replicas=replicas) for replicas in (8, 4)]
+    fit = (one for one in choices if Tiling(one, problem).shared_bytes <= room)
+    choice = next(fit, config)
+    if all(entries <= BIG for entries in problem.spec.stages):
+        return choice
+    warmer = [choice.replace(hot_entries=hot) for hot in (12288, 8192, 4096, 2048)]
+    return next((one for one in warmer if Tiling(one, problem).shared_bytes <= room), choice)
 
 
 def _variant(problem: Problem, arch: int) -> dict[str, str | int]:
-    """The fewest mma that take m tokens: exact ones, but for fp32 sums at half rate and many tokens.
+    """The fewest mma that take m tokens: exact ones, but for half-rate fp32 sums and large m.
 
     Passes of 32 at most: 64 tokens' sums leave too few registers for what is gathered ahead.
     """
@@ -157,20 +155,32 @@ def _variant(problem: Problem, arch: int) -> dict[str, str | int]:
 
 
 def _shaped(config: Config, problem: Problem, device: Device) -> Config:
-    """Warps, and spans of k until every multiprocessor has a block with two chunks a warp."""
-    warps = 8  # 16 leave 128 registers a thread, and few entries on their way to it
-    config = config.replace(warps=warps, depth=2)
+    """Eight warps, of which 16 would have 128 registers a thread each and few entries on their way;
+    spans of k where they fill idle multiprocessors by more than the second pass costs.
+    """
+    config = config.replace(warps=8, depth=2)
     chunks = Tiling(config, problem).chunks
-    warps_k = max(w for w in (1, 2, 4, 8, 16) if w == 1 or (w <= warps and 2 * w <= chunks))
+    warps_k = max(w for w in (1, 2, 4, 8) if w == 1 or 2 * w <= chunks)
     config = config.replace(warps_k=warps_k)
-    units = Tiling(config, problem).units * -(-problem.m // config.number("tokens"))
-    splits = max(
-        s
-        for s in (1, 2, 4, 8)
-        if s == 1 or (s * units <= 2 * device.units and s * warps_k <= chunks)
+    tiling = Tiling(config, problem)
+    passes = -(-problem.m // tiling.tokens)
+
+    def blocks(splits: int) -> int:
+        """So many that all run at once, if it can be."""
+        wanted = max(BLOCKS[0], device.units // (splits * passes))
+        return max(count for count in BLOCKS if count <= wanted)
+
+    def bytes_read(splits: int) -> float:
+        """Of codes, by the block with the most."""
+        units = -(-tiling.units // min(tiling.units, blocks(splits)))
+        return units * 4 * tiling.code_words / tiling.units / splits
+
+    room = max(1, min(chunks // warps_k, device.units // (passes * BLOCKS[0])))
+    splits = min(
+        (s for s in (1, 2, 4, 8) if s <= room),
+        key=lambda s: bytes_read(s) + (_PASS_BYTES if s > 1 else 0),
     )
-    most = min(BLOCKS, key=lambda count: abs(count - max(1, device.units // splits)))
-    return config.replace(splits=splits, blocks=most)
+    return config.replace(splits=splits, blocks=blocks(splits))
 
 
 def footprint(config: Config, problem: Problem, device: Device) -> Footprint:
@@ -210,7 +220,7 @@ def _pack_bytes(tensor: QuantizedTensor) -> dict[str, Tensor]:
 
 def programs(config: Config, problem: Problem) -> tuple[Program, ...]:
     """One product."""
-    tiling, spec = Tiling(config, problem), problem.spec
+    tiling = Tiling(config, problem)
     slots, along_in = tiling.slots, tiling.along_in
     bytes_ = tiling.variant == "bytes"
     spans = config.number("splits")
