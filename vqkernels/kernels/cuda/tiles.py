@@ -29,6 +29,7 @@ BIG = 4096
 _BANKS = 128  # bytes that shared memory serves at once
 _ENTRY_ROW = 256  # bytes that a byte of code counts where it is moved up by one
 _ROUND_BYTES = 32 << 10  # that warps exchange their sums through
+_MOST_BYTES = 1 << 17  # products of two bytes that an int32 holds
 _TOKENS = {"a": 8, "b": 16, "split": 4, "bytes": 8}  # of one mma
 
 
@@ -71,7 +72,8 @@ class Tiling:
         """Whether int8 entries can be multiplied as they are, with one scale a stage."""
         spec = self.problem.spec
         scaled = spec.codebook_dtype == "int8" and self.column_sets == 1
-        return scaled and self.along_in and spec.vector_length % 8 == 0
+        summed = self.problem.k <= _MOST_BYTES
+        return scaled and summed and self.along_in and spec.vector_length % 8 == 0
 
     @property
     def tokens(self) -> int:
