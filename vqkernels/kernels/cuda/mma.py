@@ -158,7 +158,7 @@ def _shaped(config: Config, problem: Problem, device: Device) -> Config:
     """Eight warps, of which 16 would have 128 registers a thread each and few entries on their way;
     spans of k where they fill idle multiprocessors by more than the second pass costs.
     """
-    config = config.replace(warps=8, depth=2)
+    config = config.replace(warps=8)
     chunks = Tiling(config, problem).chunks
     warps_k = max(w for w in (1, 2, 4, 8) if w == 1 or 2 * w <= chunks)
     config = config.replace(warps_k=warps_k)
@@ -180,7 +180,11 @@ def _shaped(config: Config, problem: Problem, device: Device) -> Config:
         (s for s in (1, 2, 4, 8) if s <= room),
         key=lambda s: bytes_read(s) + (_PASS_BYTES if s > 1 else 0),
     )
-    return config.replace(splits=splits, blocks=blocks(splits))
+    # 1 KB of codes a chunk and warp where two stages have a byte each: 32 KB in flight
+    share = chunks // (warps_k * splits)
+    most = 4 if len(problem.spec.stages) <= 2 else 2
+    depth = max(d for d in (1, 2, 4) if d == 1 or d <= min(most, share))
+    return config.replace(splits=splits, blocks=blocks(splits), depth=depth)
 
 
 def footprint(config: Config, problem: Problem, device: Device) -> Footprint:
