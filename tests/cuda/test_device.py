@@ -98,6 +98,9 @@ SAMPLES = {
         "u32",
         "u32",
     ),
+    "half_sums": Sample(
+        "out.store(t, add_halves(in.load(2 * t), in.load(2 * t + 1)));\n", "u32", "u32"
+    ),
     "histogram": Sample(
         "const auto s = shared_memory().as<int>();\n"
         "if (t < 16) s.store(t, 0);\n"
@@ -249,6 +252,16 @@ def test_halves(kernels: Samples) -> None:
         back = torch.empty(1 << 16, dtype=torch.float16)
         kernels.run("to_halves", floats, back, counting=False).check()
         torch.testing.assert_close(back, floats.half(), rtol=0, atol=0, equal_nan=True)
+
+
+def test_sums_of_halves(kernels: Samples) -> None:
+    generator = torch.Generator().manual_seed(8)
+    words = torch.randint(-(1 << 15), 1 << 15, (32, 2, 2), generator=generator).to(torch.int16)
+    out = torch.empty(32, dtype=torch.int32)
+    kernels.run("half_sums", words.flatten().view(torch.int32), out).check()
+    left, right = words.view(torch.float16).unbind(dim=1)
+    sums = out.view(torch.float16).view(32, 2)
+    torch.testing.assert_close(sums, left + right, rtol=0, atol=0, equal_nan=True)
 
 
 def test_bfloat16s(kernels: Samples) -> None:

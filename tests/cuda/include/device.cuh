@@ -172,6 +172,16 @@ inline u32 funnel(u32 low, u32 high, u32 shift) {
     return u32((u64(high) << 32 | low) >> (shift & 31u));
 }
 
+inline u32 add_halves(u32 left, u32 right) {
+    u32 sums = 0;
+    for (int shift = 0; shift < 32; shift += 16) {
+        const float a = harness::half_to_float(std::uint16_t(left >> shift));
+        const float b = harness::half_to_float(std::uint16_t(right >> shift));
+        sums |= u32(harness::float_to_half(a + b)) << shift;
+    }
+    return sums;
+}
+
 inline float to_float(float value) { return value; }
 inline float to_float(__half value) { return harness::half_to_float(value.bits); }
 inline float to_float(__nv_bfloat16 value) { return harness::bfloat16_to_float(value.bits); }

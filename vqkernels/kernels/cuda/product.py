@@ -9,7 +9,7 @@ from torch import Tensor
 
 from vqkernels.device import Device
 from vqkernels.kernel import Footprint, Packed, Run
-from vqkernels.kernels import layout
+from vqkernels.kernels import layout, linear
 from vqkernels.kernels.cuda import around
 from vqkernels.kernels.cuda.driver import Launcher
 from vqkernels.kernels.cuda.program import C_TYPES, Program
@@ -28,6 +28,7 @@ __all__ = [
     "footprint",
     "numbers",
     "pack",
+    "pack_sides",
     "spans",
     "types",
     "unsupported",
@@ -141,9 +142,17 @@ def pack(
     tensor: QuantizedTensor, config: Config, problem: Problem, *, shared: bool = True
 ) -> Packed:
     """Codes in the config's layout; equal codebook sets once, unless `shared` is off."""
-    arrays = layout.arrays(tensor, config.text("layout"), problem, shared=shared)
-    # the launches around a product compute the order of cells
-    return Packed({name: one for name, one in arrays.items() if not name.endswith("_cells")})
+    return Packed(_ordered(layout.arrays(tensor, config.text("layout"), problem, shared=shared)))
+
+
+def pack_sides(tensor: QuantizedTensor) -> dict[str, Tensor]:
+    """What the launches around a product read."""
+    return _ordered(linear.pack_sides(tensor))
+
+
+def _ordered(arrays: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Without the order of cells, which the launches around a product compute."""
+    return {name: one for name, one in arrays.items() if not name.endswith("_cells")}
 
 
 def compiler(programs: Callable[[Config, Problem], tuple[Program, ...]]) -> Compile:
@@ -174,5 +183,5 @@ def writing(program: Program, dtype: torch.dtype) -> Program:
 
 def arrays_of(packed: Packed) -> Mapping[str, Tensor]:
     """What a launch passes of the packed weight."""
-    names = ("codes", "books", "row_sets", "column_sets", "y_scale", "bias")
+    names = ("codes", "books", "row_sets", "column_sets", "scales", "y_scale", "bias")
     return {name: packed[name] for name in names if name in packed}

@@ -39,7 +39,8 @@ class Arguments(ctypes.Structure):
 
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("x", "codes", "books")),
-        *((name, ctypes.c_void_p) for name in ("row_sets", "column_sets", "out")),
+        *((name, ctypes.c_void_p) for name in ("row_sets", "column_sets")),
+        *((name, ctypes.c_void_p) for name in ("scales", "out")),
         *((name, ctypes.c_int32) for name in ("m", "k", "width", "rows", "columns")),
         *((name, ctypes.c_int32) for name in ("words", "span")),
         *((name, ctypes.c_void_p) for name in ("x_scale", "x_zero", "permutation", "rotation")),

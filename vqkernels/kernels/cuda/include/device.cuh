@@ -39,6 +39,10 @@ namespace detail {
 template <class T> struct Mutable { using type = T; };
 template <class T> struct Mutable<const T> { using type = T; };
 
+// NVRTC has neither <type_traits> nor g++'s __is_same.
+template <class T> constexpr bool is_half = false;
+template <> constexpr bool is_half<__half> = true;
+
 template <int BYTES> struct Word;
 template <> struct Word<1> { using type = u8; };
 template <> struct Word<2> { using type = u16; };
@@ -127,7 +131,9 @@ struct Shared {
     template <class V = T>
     VQ_INLINE V load(int i) const {
         using W = typename detail::Word<sizeof(V)>::type;
-        return detail::bits_as<V>(*reinterpret_cast<const W*>(at + i));
+        // by value: what is copied through a reference is read byte by byte, W's alignment lost
+        const W word = *reinterpret_cast<const W*>(at + i);
+        return detail::bits_as<V>(word);
     }
     template <class V>
     VQ_INLINE void store(int i, V value) const {
@@ -187,6 +193,12 @@ VQ_INLINE u32 permute_bytes(u32 low, u32 high, u32 selector) {
 }
 // 32 bits of `high:low` from bit `shift & 31` on.
 VQ_INLINE u32 funnel(u32 low, u32 high, u32 shift) { return __funnelshift_r(low, high, shift); }
+
+// Sums of the two fp16 values in each word.
+VQ_INLINE u32 add_halves(u32 left, u32 right) {
+    return detail::bits_as<u32>(
+        __hadd2(detail::bits_as<__half2>(left), detail::bits_as<__half2>(right)));
+}
 
 VQ_INLINE float to_float(float value) { return value; }
 VQ_INLINE float to_float(__half value) { return __half2float(value); }
@@ -302,7 +314,7 @@ VQ_INLINE T cluster_load(Shared<T> at, int i, int rank) {
 template <class T>
 VQ_INLINE void mma_m16n8k16(float (&d)[4], const u32 (&a)[4], const u32 (&b)[2]) {
     static_assert(sizeof(T) == 2, "half or bfloat16");
-    if constexpr (__is_same(T, __half)) {
+    if constexpr (detail::is_half<T>) {
         asm volatile(
             "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
             "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"

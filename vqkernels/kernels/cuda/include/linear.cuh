@@ -36,6 +36,7 @@ struct Arguments {
     const typename T::Entry* books;  // [sets, all entries, LENGTH]
     const int* row_sets;             // [rows], where ROW_SETS
     const int* column_sets;          // [columns], where COLUMN_SETS
+    const float* scales;             // [sets, stages], of int8 entries
     typename T::Out* out;            // [spans, m, width]
     int m, k, width;
     int rows, columns;  // of codes
@@ -58,7 +59,9 @@ struct Arguments {
 template <class T>
 VQ_CONSTANT int entries_before(int stage) {
     int sum = 0;
-    for (int s = 0; s < stage; s++) sum += T::entries(s);
+    // a loop to STAGES, for one to `stage` is not unrolled where it is called
+#pragma unroll
+    for (int s = 0; s < T::STAGES; s++) sum += s < stage ? T::entries(s) : 0;
     return sum;
 }
 template <class T>
