@@ -26,7 +26,8 @@ class Arguments(ctypes.Structure):
 
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("x", "codes", "books")),
-        *((name, ctypes.c_void_p) for name in ("row_sets", "column_sets", "out")),
+        *((name, ctypes.c_void_p) for name in ("row_sets", "column_sets")),
+        *((name, ctypes.c_void_p) for name in ("scales", "out")),
         *((name, ctypes.c_int32) for name in ("m", "k", "width", "rows", "columns")),
         *((name, ctypes.c_int32) for name in ("words", "span")),
     )
@@ -39,7 +40,8 @@ class Program:
     types: X, Entry, Code, Out in C++. constants: int and bool constants, enumerators, and tuples,
     which become functions of a stage. numbers: fields of Arguments that a problem fixes.
     shared_bytes: dynamic shared memory of a block. resident: the argument, if any, that the launch
-    asks L2 to keep.
+    asks L2 to keep. cluster: blocks along x that run together, sm_90 on. dependent: the launch may
+    begin before the one ahead of it has ended, and waits where it says so; sm_90 on.
     """
 
     kernel: str
@@ -50,6 +52,8 @@ class Program:
     threads: int
     shared_bytes: int = 0
     resident: str = ""
+    cluster: int = 1
+    dependent: bool = False
 
     def replace(self, **fields: Any) -> Program:
         """The same program with some fields exchanged."""

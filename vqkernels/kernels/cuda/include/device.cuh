@@ -148,6 +148,13 @@ VQ_INLINE Shared<u8> shared_memory() {
     return {vq_shared_memory};
 }
 
+// Ask that the 128 bytes around an element come to L2. L2 is where all of the device's writes meet,
+// so unlike a load this is right also while another launch writes there.
+template <class T>
+VQ_INLINE void prefetch_l2(Global<const T> from, i64 i) {
+    asm volatile("prefetch.global.L2 [%0];" ::"l"(from.at + i));
+}
+
 template <class T>
 VQ_INLINE void atomic_add(Global<T> to, i64 i, T value) {
     atomicAdd(to.at + i, value);
@@ -176,6 +183,20 @@ VQ_INLINE T shuffle(T value, int lane) {
 }
 VQ_INLINE u32 ballot(bool vote) { return __ballot_sync(ALL_LANES, vote); }
 
+// Of a launch that may begin before the one ahead of it in the stream has ended; on sm_90 and later.
+// Until this returns, nothing that an earlier launch writes may be read, nor what it reads written.
+VQ_INLINE void wait_for_earlier_launches() {
+#if VQ_HAS_BULK_COPIES
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+// The next launch may begin, as far as it doesn't wait for this one.
+VQ_INLINE void let_next_launch_begin() {
+#if VQ_HAS_BULK_COPIES
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
 // ------------------------------------------------------------------------------------------ bits
 
 // Byte i of the result is byte (selector >> 4i) & 7 of `high:low`, or its sign bit eight times where
@@ -188,6 +209,9 @@ VQ_INLINE u32 permute_bytes(u32 low, u32 high, u32 selector) {
 // 32 bits of `high:low` from bit `shift & 31` on.
 VQ_INLINE u32 funnel(u32 low, u32 high, u32 shift) { return __funnelshift_r(low, high, shift); }
 
+VQ_INLINE u32 as_bits(float value) { return __float_as_uint(value); }
+VQ_INLINE float as_float(u32 bits) { return __uint_as_float(bits); }
+
 VQ_INLINE float to_float(float value) { return value; }
 VQ_INLINE float to_float(__half value) { return __half2float(value); }
 VQ_INLINE float to_float(__nv_bfloat16 value) { return __bfloat162float(value); }
@@ -197,6 +221,14 @@ template <> VQ_INLINE float from_float<float>(float value) { return value; }
 template <> VQ_INLINE __half from_float<__half>(float value) { return __float2half_rn(value); }
 template <> VQ_INLINE __nv_bfloat16 from_float<__nv_bfloat16>(float value) {
     return __float2bfloat16_rn(value);
+}
+// Two fp16 values in a word, `low` in the low half; one instruction.
+VQ_INLINE u32 pack_halves(float low, float high) {
+    return detail::bits_as<u32>(__floats2half2_rn(low, high));
+}
+VQ_INLINE Pack<float, 2> unpack_halves(u32 word) {
+    const float2 both = __half22float2(detail::bits_as<__half2>(word));
+    return {both.x, both.y};
 }
 
 // --------------------------------------------------------------------------- asynchronous copies

@@ -32,6 +32,7 @@ struct Arguments {
     const typename T::Entry* books;  // [sets, all entries, LENGTH]
     const int* row_sets;             // [rows], where ROW_SETS
     const int* column_sets;          // [columns], where COLUMN_SETS
+    const float* scales;             // factors of entries, where a kernel's packing divides by them
     typename T::Out* out;            // [spans, m, width]
     int m, k, width;
     int rows, columns;  // of codes
