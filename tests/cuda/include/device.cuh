@@ -106,6 +106,15 @@ struct Shared {
 
 inline Shared<u8> shared_memory() { return {static_cast<u8*>(harness::shared_base())}; }
 
+struct SharedWindow {
+    static u32 origin() { return 0; }
+    template <class V>
+    static V load(u32 offset, VQ_AT) {
+        const auto at = static_cast<const u8*>(harness::shared_base()) + offset;
+        return detail::read<V>(harness::shared_load(at, sizeof(V), called));
+    }
+};
+
 // Brings nothing that can be seen: a kernel may ask for what isn't there.
 template <class T>
 void prefetch_l2(Global<const T>, i64) {}

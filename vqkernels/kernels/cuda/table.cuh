@@ -25,90 +25,81 @@ struct CodeWalk {
     using S = TableShape<T>;
     static constexpr int UNIT_BYTES = T::BLOCKS * BLOCK_BYTES;
 
-    Global<const u8> codes;
-    i64 next;        // byte where the next unit begins
-    i64 step;        // bytes of a stage of 32 columns
-    int left;        // units that are still to be asked for
-    int stage;       // of the next unit, where a pass doesn't have all
-    int tile, tiles; // of 32 columns, in the span
-    i64 start;
+    const u8* next;   // unit, while any is left; then the last one
+    i64 step;         // bytes of a stage of 32 columns
+    int left;         // units from `next` on
+    int stage, tile;  // of `next`, where a pass doesn't have all stages
+    int tiles;        // of 32 columns, in the span
 
     // The units of columns [first, last) for the warp's rows from `row` on.
-    VQ_INLINE CodeWalk(const Arguments<T>& a, int row, int first, int last, bool active)
-        : codes(global(a.codes)) {
+    VQ_INLINE CodeWalk(const Arguments<T>& a, int row, int first, int last, bool active) {
         const int warps = (a.rows + T::BLOCKS * ROWS_A_BLOCK - 1) / (T::BLOCKS * ROWS_A_BLOCK);
         step = i64(warps) * UNIT_BYTES;
         tiles = first < last ? (last - first + S::COLUMNS - 1) / S::COLUMNS * S::HALVES : 0;
-        start = first / WARP * T::STAGES * step + i64(row / ROWS_A_BLOCK) * BLOCK_BYTES;
-        next = start;
+        next = a.codes + first / WARP * T::STAGES * step + i64(row / ROWS_A_BLOCK) * BLOCK_BYTES;
         left = active ? tiles * T::STAGES : 0;
         stage = tile = 0;
     }
 
     VQ_INLINE void advance() {
         left--;
+        if (left <= 0) return;
         if constexpr (S::PASSES == 1) {
             next += step;
         } else {
             const int first = stage / S::AT_ONCE * S::AT_ONCE;
             const int last = first + S::AT_ONCE < T::STAGES ? first + S::AT_ONCE : T::STAGES;
             stage++;
-            if (stage == last) {
-                tile++;
-                stage = first;
-                if (tile == tiles) {
-                    tile = 0;
-                    stage = last;
-                }
-            }
-            next = start + (i64(tile) * T::STAGES + stage) * step;
+            next += step;
+            if (stage < last) return;
+            // on to the pass's first stage in the next tile, or to the next pass
+            tile++;
+            next += (T::STAGES - (last - first)) * step;
+            stage = first;
+            if (tile < tiles) return;
+            next -= (i64(tiles) * T::STAGES - (last - first)) * step;
+            tile = 0;
+            stage = last;
         }
     }
 
     // Ask that the first units come to L2.
     VQ_INLINE void prefetch() const {
         constexpr int UNITS = 4;
-        i64 at = next;
-        for (int unit = 0; unit < UNITS && unit < left; unit++, at += step) {
+        for (int unit = 0; unit < UNITS && unit < left; unit++) {
             for (int line = lane_id(); line < UNIT_BYTES / 128; line += WARP) {
-                prefetch_l2(codes, at + line * 128);
+                prefetch_l2(global(next), unit * step + line * 128);
             }
         }
     }
 };
 
-// The unit at hand in registers; what is taken is replaced by the next unit's.
+// The unit at hand in registers; what is used up is loaded again from the next unit.
 template <class T>
 struct CodesInRegisters {
     CodeWalk<T> walk;
     Pack<u32, 4> at[T::BLOCKS][2];
 
-    VQ_INLINE CodesInRegisters(const CodeWalk<T>& from, Shared<u8>) : walk(from) {}
+    VQ_INLINE CodesInRegisters(const CodeWalk<T>& from, Shared<u8>) : walk(from) {
+        walk.next += lane_id() * 16;
+    }
 
     VQ_INLINE void start() {
         if (walk.left == 0) return;
 #pragma unroll
         for (int block = 0; block < T::BLOCKS; block++) {
-            at[block][0] = load(block, 0);
-            at[block][1] = load(block, 1);
+            used(block, 0);
+            used(block, 1);
         }
         walk.advance();
     }
     VQ_INLINE void begin() {}
-    VQ_INLINE Pack<u32, 4> take(int block, int part) {
-        const auto taken = at[block][part];
-        if (walk.left > 0) at[block][part] = load(block, part);
-        return taken;
+    VQ_INLINE Pack<u32, 4> take(int block, int part) const { return at[block][part]; }
+    // After the last unit it is loaded once more: a load on condition would hold both in registers.
+    VQ_INLINE void used(int block, int part) {
+        at[block][part] = global(walk.next).template stream<Pack<u32, 4>>(block * 1024 + part * 512);
     }
-    VQ_INLINE void end() {
-        if (walk.left > 0) walk.advance();
-    }
-
-private:
-    VQ_INLINE Pack<u32, 4> load(int block, int part) const {
-        const i64 byte = walk.next + block * BLOCK_BYTES + part * 512 + lane_id() * 16;
-        return walk.codes.template stream<Pack<u32, 4>>(byte);
-    }
+    VQ_INLINE void end() { walk.advance(); }
 };
 
 #if VQ_HAS_BULK_COPIES
@@ -145,6 +136,7 @@ struct CodesInRing {
         const int at = slot * UNIT_BYTES + block * BLOCK_BYTES + part * 512 + lane_id() * 16;
         return slots.template load<Pack<u32, 4>>(at);
     }
+    VQ_INLINE void used(int, int) {}
     VQ_INLINE void end() {
         sync_warp();  // every lane has read the slot
         fill(slot);
@@ -157,10 +149,10 @@ struct CodesInRing {
 
 private:
     VQ_INLINE void fill(int to) {
-        if (walk.left == 0) return;
+        if (walk.left <= 0) return;
         if (lane_id() == 0) {
             barrier_expect(barriers + to, UNIT_BYTES);
-            copy_bulk(slots, to * UNIT_BYTES, walk.codes, walk.next, UNIT_BYTES, barriers + to);
+            copy_bulk(slots, to * UNIT_BYTES, global(walk.next), 0, UNIT_BYTES, barriers + to);
         }
         walk.advance();
     }
@@ -168,23 +160,26 @@ private:
 
 #endif
 
-// Look up the codes of stages [0, count) of those at hand, in one tile.
+// Look up the codes of stages [0, count) of those at hand, in one tile. origin: SharedWindow's.
 template <class T, class Codes>
-VQ_INLINE void look_up(BlockSums<T> (&sums)[T::BLOCKS], Codes& codes, Shared<u8> tables, int count) {
+VQ_INLINE void look_up(BlockSums<T> (&sums)[T::BLOCKS], Codes& codes, u32 origin,
+                       const Routes<T>& lower, int count) {
     using S = TableShape<T>;
     // one block a warp: two stages a turn, so that the loop itself is a small part
     constexpr int TURNS = T::BLOCKS == 1 ? 2 : 1;
 #pragma unroll 1
     for (int half = 0; half < S::HALVES; half++) {
-        const Routes<T> routes(half);
+        const Routes<T> routes = lower.of(half);
 #pragma unroll TURNS
         for (int stage = 0; stage < count; stage++) {
-            const u32 place = table_place<T>(stage, lane_id());
+            const u32 place = origin + table_place<T>(stage, lane_id());
             codes.begin();
 #pragma unroll
             for (int block = 0; block < T::BLOCKS; block++) {
-                add_words<T, 0>(sums[block], codes.take(block, 0), tables, place, routes);
-                add_words<T, 1>(sums[block], codes.take(block, 1), tables, place, routes);
+                add_words<T, 0>(sums[block], codes.take(block, 0), place, routes);
+                codes.used(block, 0);
+                add_words<T, 1>(sums[block], codes.take(block, 1), place, routes);
+                codes.used(block, 1);
             }
             codes.end();
         }
@@ -306,6 +301,8 @@ VQ_INLINE void table(const Arguments<T>& a) {
     const i64 first = T::SET_ROWS > 0 && span.row < a.rows
                           ? i64(global(a.row_sets).load(span.row)) * entries_before<T>(T::STAGES)
                           : 0;
+    const Routes<T> routes;
+    const u32 origin = SharedWindow::origin();
     BlockSums<T> sums[T::BLOCKS] = {};
 #pragma unroll 1
     for (int stage = 0; stage < T::STAGES; stage += S::AT_ONCE) {
@@ -317,7 +314,7 @@ VQ_INLINE void table(const Arguments<T>& a) {
             sync_block();
             const int next = column + S::COLUMNS;
             x.load(a, span.token, next < span.last ? next : span.first);
-            if (active) look_up<T>(sums, codes, memory, count);
+            if (active) look_up<T>(sums, codes, origin, routes, count);
             x.store();
         }
     }

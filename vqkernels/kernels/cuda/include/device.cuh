@@ -39,6 +39,10 @@ namespace detail {
 template <class T> struct Mutable { using type = T; };
 template <class T> struct Mutable<const T> { using type = T; };
 
+// NVRTC has neither <type_traits> nor g++'s __is_same.
+template <class T> constexpr bool is_half = false;
+template <> constexpr bool is_half<__half> = true;
+
 template <int BYTES> struct Word;
 template <> struct Word<1> { using type = u8; };
 template <> struct Word<2> { using type = u16; };
@@ -127,7 +131,9 @@ struct Shared {
     template <class V = T>
     VQ_INLINE V load(int i) const {
         using W = typename detail::Word<sizeof(V)>::type;
-        return detail::bits_as<V>(*reinterpret_cast<const W*>(at + i));
+        // by value: what is copied through a reference is read byte by byte, W's alignment lost
+        const W word = *reinterpret_cast<const W*>(at + i);
+        return detail::bits_as<V>(word);
     }
     template <class V>
     VQ_INLINE void store(int i, V value) const {
@@ -147,6 +153,31 @@ VQ_INLINE Shared<u8> shared_memory() {
     extern __shared__ __align__(128) u8 vq_shared_memory[];
     return {vq_shared_memory};
 }
+
+// Dynamic shared memory where each lane reads at an offset of its own, computed in one instruction:
+// the constant part of the address is the load's immediate, the block's rank in its cluster is part of
+// `origin()`, which the offset includes. Loads name no pointer that a compiler would add.
+struct SharedWindow {
+    // Where dynamic shared memory begins in a kernel that has no static: behind what the system keeps.
+#if VQ_HAS_BULK_COPIES
+    static constexpr u32 BEGIN = 1024;
+#else
+    static constexpr u32 BEGIN = 0;
+#endif
+
+    // The address of dynamic shared memory less BEGIN: its lower 24 bits are zero, or the launch fails.
+    VQ_INLINE static u32 origin() {
+        const u32 address = detail::shared_address(shared_memory().at) - BEGIN;
+        if (address & 0xffffffu) __trap();
+        return address;
+    }
+    template <class V>
+    VQ_INLINE static V load(u32 offset) {
+        using W = typename detail::Word<sizeof(V)>::type;
+        const W word = *static_cast<const W*>(__cvta_shared_to_generic(offset + BEGIN));
+        return detail::bits_as<V>(word);
+    }
+};
 
 // Ask that the 128 bytes around an element come to L2. L2 is where all of the device's writes meet,
 // so unlike a load this is right also while another launch writes there.
@@ -334,7 +365,7 @@ VQ_INLINE T cluster_load(Shared<T> at, int i, int rank) {
 template <class T>
 VQ_INLINE void mma_m16n8k16(float (&d)[4], const u32 (&a)[4], const u32 (&b)[2]) {
     static_assert(sizeof(T) == 2, "half or bfloat16");
-    if constexpr (__is_same(T, __half)) {
+    if constexpr (detail::is_half<T>) {
         asm volatile(
             "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
             "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"

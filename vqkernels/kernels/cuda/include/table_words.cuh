@@ -43,7 +43,8 @@ struct TableShape {
     static constexpr int ROUTES = T::TOKENS == 1 ? 4 : 2;
 };
 
-// Byte of the tables where lane `lane`'s words of stage number `stage` (of those at hand) begin.
+// Byte of the tables, which dynamic shared memory begins with, where lane `lane`'s words of stage
+// number `stage` (of those at hand) begin.
 template <class T>
 VQ_INLINE u32 table_place(int stage, int lane) {
     using S = TableShape<T>;
@@ -56,8 +57,8 @@ template <class T>
 struct Routes {
     u32 b[TableShape<T>::ROUTES][2];
 
-    // half: of the looked-up words, which counts; 0 where both do.
-    VQ_INLINE explicit Routes(int half) {
+    // For the lower half of words, where one counts.
+    VQ_INLINE Routes() {
         const int column = lane_id() / 4;
         const u32 one = 0x3c00u;  // 1.0
 #pragma unroll
@@ -65,13 +66,23 @@ struct Routes {
 #pragma unroll
             for (int r = 0; r < 2; r++) {
                 if constexpr (T::TOKENS == 1) {
-                    b[route][r] = column == 2 * route + r ? one << (16 * half) : 0u;
+                    b[route][r] = column == 2 * route + r ? one : 0u;
                 } else {
                     const int first = 4 * route + 2 * r;
                     b[route][r] = column == first ? one : column == first + 1 ? one << 16 : 0u;
                 }
             }
         }
+    }
+    // For half 0 or 1.
+    VQ_INLINE Routes of(int half) const {
+        Routes moved = *this;
+#pragma unroll
+        for (int route = 0; route < TableShape<T>::ROUTES; route++) {
+            moved.b[route][0] = b[route][0] << (16 * half);
+            moved.b[route][1] = b[route][1] << (16 * half);
+        }
+        return moved;
     }
 };
 
@@ -80,15 +91,15 @@ using BlockSums = float[TableShape<T>::SUMS][4];
 
 // Where byte `BYTE` of a word of codes points, in one instruction: {lane's place, code, region, 0}.
 template <int BYTE>
-VQ_INLINE int word_address(u32 codes, u32 place) {
-    return int(permute_bytes(codes, place, 0x7604u | u32(BYTE) << 4));
+VQ_INLINE u32 word_address(u32 codes, u32 place) {
+    return permute_bytes(codes, place, 0x7604u | u32(BYTE) << 4);
 }
 
 // 16 looked-up words a lane: 16 rows of 32 columns, number `part` of a block's two.
 template <class T, int PART>
-VQ_INLINE void add_words(BlockSums<T>& sums, const Pack<u32, 4>& codes, Shared<u8> tables, u32 place,
+VQ_INLINE void add_words(BlockSums<T>& sums, const Pack<u32, 4>& codes, u32 place,
                          const Routes<T>& routes) {
-    const auto word = [&](int at) { return tables.template load<u32>(at); };
+    const auto word = [](u32 at) { return SharedWindow::load<u32>(at); };
     if constexpr (T::TOKENS == 1) {
 #pragma unroll
         for (int i = 0; i < 4; i++) {
@@ -109,9 +120,9 @@ VQ_INLINE void add_words(BlockSums<T>& sums, const Pack<u32, 4>& codes, Shared<u
             mma_m16n8k16<__half>(sums[2 * PART + 1], b, routes.b[i / 2]);
         }
     } else {
-        const auto add = [&](BlockSums<T>& to, int set, int left, int right, int route) {
-            const auto one = tables.template load<Pack<u32, 2>>(left);
-            const auto two = tables.template load<Pack<u32, 2>>(right);
+        const auto add = [&](BlockSums<T>& to, int set, u32 left, u32 right, int route) {
+            const auto one = SharedWindow::load<Pack<u32, 2>>(left);
+            const auto two = SharedWindow::load<Pack<u32, 2>>(right);
             const u32 a[4] = {one.at[0], one.at[1], two.at[0], two.at[1]};
             mma_m16n8k16<__half>(to[set], a, routes.b[route]);
         };
