@@ -189,6 +189,8 @@ inline u32 funnel(u32 low, u32 high, u32 shift) {
     return u32((u64(high) << 32 | low) >> (shift & 31u));
 }
 
+inline u32 kept(u32 value) { return value; }
+
 inline u32 as_bits(float value) { return detail::read<u32>(&value); }
 inline float as_float(u32 bits) { return detail::read<float>(&bits); }
 

@@ -25,42 +25,46 @@ struct CodeWalk {
     using S = TableShape<T>;
     static constexpr int UNIT_BYTES = T::BLOCKS * BLOCK_BYTES;
 
-    const u8* next;   // unit, while any is left; then the last one
-    i64 step;         // bytes of a stage of 32 columns
+    const u8* from;   // the warp's first unit
+    u32 next;         // bytes from there to the next unit, while any is left; then to the last
+    u32 step;         // bytes of a stage of 32 columns
+    u32 last;
     int left;         // units from `next` on
     int stage, tile;  // of `next`, where a pass doesn't have all stages
     int tiles;        // of 32 columns, in the span
 
     // The units of columns [first, last) for the warp's rows from `row` on.
-    VQ_INLINE CodeWalk(const Arguments<T>& a, int row, int first, int last, bool active) {
+    VQ_INLINE CodeWalk(const Arguments<T>& a, int row, int begin, int end, bool active) {
         const int warps = (a.rows + T::BLOCKS * ROWS_A_BLOCK - 1) / (T::BLOCKS * ROWS_A_BLOCK);
-        step = i64(warps) * UNIT_BYTES;
-        tiles = first < last ? (last - first + S::COLUMNS - 1) / S::COLUMNS * S::HALVES : 0;
-        next = a.codes + first / WARP * T::STAGES * step + i64(row / ROWS_A_BLOCK) * BLOCK_BYTES;
+        step = u32(warps) * UNIT_BYTES;
+        tiles = begin < end ? (end - begin + S::COLUMNS - 1) / S::COLUMNS * S::HALVES : 0;
+        from = a.codes + i64(begin / WARP * T::STAGES) * step + row / ROWS_A_BLOCK * BLOCK_BYTES;
         left = active ? tiles * T::STAGES : 0;
+        last = left > 0 ? (left - 1) * step : 0;
+        next = 0;
         stage = tile = 0;
     }
 
     VQ_INLINE void advance() {
         left--;
-        if (left <= 0) return;
         if constexpr (S::PASSES == 1) {
-            next += step;
-        } else {
-            const int first = stage / S::AT_ONCE * S::AT_ONCE;
-            const int last = first + S::AT_ONCE < T::STAGES ? first + S::AT_ONCE : T::STAGES;
-            stage++;
-            next += step;
-            if (stage < last) return;
+            next = next + step < last ? next + step : last;
+            return;
+        }
+        if (left <= 0) return;
+        const int first = stage / S::AT_ONCE * S::AT_ONCE;
+        const int end = first + S::AT_ONCE < T::STAGES ? first + S::AT_ONCE : T::STAGES;
+        stage++;
+        if (stage == end) {
             // on to the pass's first stage in the next tile, or to the next pass
             tile++;
-            next += (T::STAGES - (last - first)) * step;
             stage = first;
-            if (tile < tiles) return;
-            next -= (i64(tiles) * T::STAGES - (last - first)) * step;
-            tile = 0;
-            stage = last;
+            if (tile == tiles) {
+                tile = 0;
+                stage = end;
+            }
         }
+        next = u32(tile * T::STAGES + stage) * step;
     }
 
     // Ask that the first units come to L2.
@@ -68,7 +72,7 @@ struct CodeWalk {
         constexpr int UNITS = 4;
         for (int unit = 0; unit < UNITS && unit < left; unit++) {
             for (int line = lane_id(); line < UNIT_BYTES / 128; line += WARP) {
-                prefetch_l2(global(next), unit * step + line * 128);
+                prefetch_l2(global(from), unit * i64(step) + line * 128);
             }
         }
     }
@@ -81,7 +85,7 @@ struct CodesInRegisters {
     Pack<u32, 4> at[T::BLOCKS][2];
 
     VQ_INLINE CodesInRegisters(const CodeWalk<T>& from, Shared<u8>) : walk(from) {
-        walk.next += lane_id() * 16;
+        walk.from += lane_id() * 16;
     }
 
     VQ_INLINE void start() {
@@ -97,7 +101,8 @@ struct CodesInRegisters {
     VQ_INLINE Pack<u32, 4> take(int block, int part) const { return at[block][part]; }
     // After the last unit it is loaded once more: a load on condition would hold both in registers.
     VQ_INLINE void used(int block, int part) {
-        at[block][part] = global(walk.next).template stream<Pack<u32, 4>>(block * 1024 + part * 512);
+        const auto unit = global(walk.from + walk.next);
+        at[block][part] = unit.template stream<Pack<u32, 4>>(block * BLOCK_BYTES + part * 512);
     }
     VQ_INLINE void end() { walk.advance(); }
 };
@@ -152,7 +157,8 @@ private:
         if (walk.left <= 0) return;
         if (lane_id() == 0) {
             barrier_expect(barriers + to, UNIT_BYTES);
-            copy_bulk(slots, to * UNIT_BYTES, global(walk.next), 0, UNIT_BYTES, barriers + to);
+            copy_bulk(slots, to * UNIT_BYTES, global(walk.from), walk.next, UNIT_BYTES,
+                      barriers + to);
         }
         walk.advance();
     }
@@ -160,19 +166,19 @@ private:
 
 #endif
 
-// Look up the codes of stages [0, count) of those at hand, in one tile. origin: SharedWindow's.
+// Look up the codes of stages [0, count) of those at hand, in one tile. first: where the lane's words
+// of the first stage begin in SharedWindow.
 template <class T, class Codes>
-VQ_INLINE void look_up(BlockSums<T> (&sums)[T::BLOCKS], Codes& codes, u32 origin,
-                       const Routes<T>& lower, int count) {
+VQ_INLINE void look_up(BlockSums<T> (&sums)[T::BLOCKS], Codes& codes, u32 first, Routes<T>& routes,
+                       int count) {
     using S = TableShape<T>;
     // one block a warp: two stages a turn, so that the loop itself is a small part
     constexpr int TURNS = T::BLOCKS == 1 ? 2 : 1;
 #pragma unroll 1
     for (int half = 0; half < S::HALVES; half++) {
-        const Routes<T> routes = lower.of(half);
 #pragma unroll TURNS
         for (int stage = 0; stage < count; stage++) {
-            const u32 place = origin + table_place<T>(stage, lane_id());
+            const u32 place = first + table_place<T>(stage, 0);
             codes.begin();
 #pragma unroll
             for (int block = 0; block < T::BLOCKS; block++) {
@@ -183,6 +189,7 @@ VQ_INLINE void look_up(BlockSums<T> (&sums)[T::BLOCKS], Codes& codes, u32 origin
             }
             codes.end();
         }
+        if constexpr (S::HALVES == 2) routes.turn();
     }
 }
 
@@ -301,8 +308,8 @@ VQ_INLINE void table(const Arguments<T>& a) {
     const i64 first = T::SET_ROWS > 0 && span.row < a.rows
                           ? i64(global(a.row_sets).load(span.row)) * entries_before<T>(T::STAGES)
                           : 0;
-    const Routes<T> routes;
-    const u32 origin = SharedWindow::origin();
+    Routes<T> routes;
+    const u32 place = kept(SharedWindow::origin() + table_place<T>(0, lane_id()));
     BlockSums<T> sums[T::BLOCKS] = {};
 #pragma unroll 1
     for (int stage = 0; stage < T::STAGES; stage += S::AT_ONCE) {
@@ -314,7 +321,7 @@ VQ_INLINE void table(const Arguments<T>& a) {
             sync_block();
             const int next = column + S::COLUMNS;
             x.load(a, span.token, next < span.last ? next : span.first);
-            if (active) look_up<T>(sums, codes, origin, routes, count);
+            if (active) look_up<T>(sums, codes, place, routes, count);
             x.store();
         }
     }

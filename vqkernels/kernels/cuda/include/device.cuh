@@ -240,6 +240,12 @@ VQ_INLINE u32 permute_bytes(u32 low, u32 high, u32 selector) {
 // 32 bits of `high:low` from bit `shift & 31` on.
 VQ_INLINE u32 funnel(u32 low, u32 high, u32 shift) { return __funnelshift_r(low, high, shift); }
 
+// The same value, which stays in a register: a compiler that could compute it again would.
+VQ_INLINE u32 kept(u32 value) {
+    asm volatile("" : "+r"(value));
+    return value;
+}
+
 VQ_INLINE u32 as_bits(float value) { return __float_as_uint(value); }
 VQ_INLINE float as_float(u32 bits) { return __uint_as_float(bits); }
 

@@ -66,23 +66,22 @@ struct Routes {
 #pragma unroll
             for (int r = 0; r < 2; r++) {
                 if constexpr (T::TOKENS == 1) {
-                    b[route][r] = column == 2 * route + r ? one : 0u;
+                    b[route][r] = kept(column == 2 * route + r ? one : 0u);
                 } else {
                     const int first = 4 * route + 2 * r;
-                    b[route][r] = column == first ? one : column == first + 1 ? one << 16 : 0u;
+                    b[route][r] =
+                        kept(column == first ? one : column == first + 1 ? one << 16 : 0u);
                 }
             }
         }
     }
-    // For half 0 or 1.
-    VQ_INLINE Routes of(int half) const {
-        Routes moved = *this;
+    // The same for the other half.
+    VQ_INLINE void turn() {
 #pragma unroll
         for (int route = 0; route < TableShape<T>::ROUTES; route++) {
-            moved.b[route][0] = b[route][0] << (16 * half);
-            moved.b[route][1] = b[route][1] << (16 * half);
+            b[route][0] = kept(permute_bytes(b[route][0], 0u, 0x1032u));
+            b[route][1] = kept(permute_bytes(b[route][1], 0u, 0x1032u));
         }
-        return moved;
     }
 };
 
