@@ -161,89 +161,115 @@ VQ_INLINE u32 two_elements(const Arguments<T>& a, i64 first, int stage_entries, 
 // rows with that bit get the products of j ^ 4. Exchanging two more bits gives lane (g, t) in place
 // `slot` the products of j = slot ^ g, and each store reaches every bank once.
 template <class T>
-VQ_INLINE void build_entries(const Arguments<T>& a, const TableInputs<T>& x, Shared<u8> table,
-                             i64 first, int stage_entries, int entry) {
+struct EntryBuild {
     using S = TableShape<T>;
-    constexpr int CHUNKS = TableInputs<T>::CHUNKS;
-    const int g = lane_id() / 4, t = lane_id() % 4;
-    const bool upper = g & 4;
-    u32 words[S::PAIRS][8][2];
-    u32 kept[CHUNKS][2];  // of one codebook for all columns
-    const auto elements = [&](int chunk, int r, int j) {
+    using Inputs = TableInputs<T>;
+
+    const Arguments<T>& a;
+    const Inputs& x;
+    Shared<u8> table;
+    i64 first;      // of the stage's entries
+    int count;      // of these
+    int entry;
+    int g = lane_id() / 4, t = lane_id() % 4;
+
+    VQ_INLINE void run() const {
+        u32 elements[Inputs::CHUNKS][2];
+#pragma unroll
+        for (int chunk = 0; chunk < Inputs::CHUNKS; chunk++) {
+#pragma unroll
+            for (int r = 0; r < 2; r++) elements[chunk][r] = load(chunk, r, 0);
+        }
+        // j of 0 to 3, then of 4 to 7: the two never exchange
+#pragma unroll
+        for (int j = 0; j < 8; j += 4) {
+            u32 words[S::PAIRS][4][2];
+#pragma unroll
+            for (int pair = 0; pair < S::PAIRS; pair++) {
+                multiply(words[pair], elements, pair, j);
+                exchange<1>(words[pair]);
+                exchange<2>(words[pair]);
+            }
+            store(words, j);
+        }
+    }
+
+private:
+    // Two elements of entry number g (+ 8, where r) that row g's products number j take.
+    VQ_INLINE u32 load(int chunk, int r, int j) const {
         i64 start = first;
         if constexpr (T::COLUMN_SETS) {
             const int column = j ^ (g & 4);
             const int inside = column < a.columns ? column : a.columns - 1;
             start += i64(global(a.column_sets).load(inside)) * entries_before<T>(T::STAGES);
         }
-        return two_elements<T>(a, start, stage_entries, entry + g + 8 * r, 8 * chunk + 2 * t);
-    };
-    if constexpr (!T::COLUMN_SETS) {
-#pragma unroll
-        for (int chunk = 0; chunk < CHUNKS; chunk++) {
-#pragma unroll
-            for (int r = 0; r < 2; r++) kept[chunk][r] = elements(chunk, r, 0);
-        }
+        return two_elements<T>(a, start, count, entry + g + 8 * r, 8 * chunk + 2 * t);
     }
+
+    // Products of j to j + 3 as words: of rows g and g + 8.
+    VQ_INLINE void multiply(u32 (&words)[4][2], const u32 (&elements)[Inputs::CHUNKS][2], int pair,
+                            int j) const {
+        const bool upper = g & 4;
+        float sums[4][4] = {};
 #pragma unroll
-    for (int pair = 0; pair < S::PAIRS; pair++) {
-        float sums[CHUNKS > 1 ? 8 : 1][4] = {};
+        for (int chunk = 0; chunk < Inputs::CHUNKS; chunk++) {
+            const auto own = x.fragment(pair, chunk, j), other = x.fragment(pair, chunk, j ^ 4);
 #pragma unroll
-        for (int chunk = 0; chunk < CHUNKS; chunk++) {
-            const auto low = x.fragment(pair, chunk, 0), high = x.fragment(pair, chunk, 4);
-#pragma unroll
-            for (int j = 0; j < 8; j++) {
-                const auto &same = j < 4 ? low : high, &other = j < 4 ? high : low;
-                const u32 b[2] = {same.at[j % 4], other.at[j % 4]};
-                const u32 top = T::COLUMN_SETS ? elements(chunk, 0, j) : kept[chunk][0];
-                const u32 bottom = T::COLUMN_SETS ? elements(chunk, 1, j) : kept[chunk][1];
+            for (int i = 0; i < 4; i++) {
+                const u32 b[2] = {own.at[i], other.at[i]};
+                const u32 top = T::COLUMN_SETS ? load(chunk, 0, j + i) : elements[chunk][0];
+                const u32 bottom = T::COLUMN_SETS ? load(chunk, 1, j + i) : elements[chunk][1];
                 const u32 e[4] = {upper ? 0u : top, upper ? 0u : bottom, upper ? top : 0u,
                                   upper ? bottom : 0u};
-                if constexpr (CHUNKS == 1) {
+                if constexpr (Inputs::CHUNKS == 1) {
                     u32 d[2] = {0u, 0u};
                     mma_m16n8k16(d, e, b);
-                    words[pair][j][0] = d[0];
-                    words[pair][j][1] = d[1];
+                    words[i][0] = d[0];
+                    words[i][1] = d[1];
                 } else {
-                    mma_m16n8k16<__half>(sums[j], e, b);
+                    mma_m16n8k16<__half>(sums[i], e, b);
                 }
             }
         }
-        if constexpr (CHUNKS > 1) {
+        if constexpr (Inputs::CHUNKS == 1) return;
 #pragma unroll
-            for (int j = 0; j < 8; j++) {
-                words[pair][j][0] = pack_halves(sums[j][0], sums[j][1]);
-                words[pair][j][1] = pack_halves(sums[j][2], sums[j][3]);
+        for (int i = 0; i < 4; i++) {
+            words[i][0] = pack_halves(sums[i][0], sums[i][1]);
+            words[i][1] = pack_halves(sums[i][2], sums[i][3]);
+        }
+    }
+
+    // Lanes whose g has BIT set exchange words whose numbers differ in it.
+    template <int BIT>
+    VQ_INLINE void exchange(u32 (&words)[4][2]) const {
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            if (i & BIT) continue;
+#pragma unroll
+            for (int r = 0; r < 2; r++) {
+                const u32 one = words[i][r], two = words[i | BIT][r];
+                words[i][r] = g & BIT ? two : one;
+                words[i | BIT][r] = g & BIT ? one : two;
             }
         }
+    }
+
+    VQ_INLINE void store(const u32 (&words)[S::PAIRS][4][2], int j) const {
 #pragma unroll
-        for (int bit = 1; bit <= 2; bit *= 2) {
+        for (int i = 0; i < 4; i++) {
+            const int lane = 4 * ((j + i) ^ g) + t;
 #pragma unroll
-            for (int j = 0; j < 8; j++) {
-                if (j & bit) continue;
-#pragma unroll
-                for (int r = 0; r < 2; r++) {
-                    const u32 one = words[pair][j][r], two = words[pair][j | bit][r];
-                    words[pair][j][r] = g & bit ? two : one;
-                    words[pair][j | bit][r] = g & bit ? one : two;
+            for (int r = 0; r < 2; r++) {
+                const int row = 256 * (entry + g + 8 * r);
+                if constexpr (S::PAIRS == 2) {
+                    table.store(row + 8 * lane, Pack<u32, 2>{words[0][i][r], words[1][i][r]});
+                } else {
+                    table.store(row + 4 * lane, words[0][i][r]);
                 }
             }
         }
     }
-#pragma unroll
-    for (int slot = 0; slot < 8; slot++) {
-        const int lane = 4 * (slot ^ g) + t;
-#pragma unroll
-        for (int r = 0; r < 2; r++) {
-            const int row = 256 * (entry + g + 8 * r);
-            if constexpr (S::PAIRS == 2) {
-                table.store(row + 8 * lane, Pack<u32, 2>{words[0][slot][r], words[1][slot][r]});
-            } else {
-                table.store(row + 4 * lane, words[0][slot][r]);
-            }
-        }
-    }
-}
+};
 
 // x of a lane's own column, for each word and half of it two elements at a time.
 template <class T>
@@ -306,7 +332,7 @@ VQ_INLINE void build_tables(const Arguments<T>& a, const TableInputs<T>& x, Shar
         const int pieces = (entries + STEP - 1) / STEP;
         for (; turn < pieces; turn += S::WARPS) {
             if constexpr (T::TENSOR_BUILD) {
-                build_entries<T>(a, x, table, first + before, entries, turn * STEP);
+                EntryBuild<T>{a, x, table, first + before, entries, turn * STEP}.run();
             } else {
                 const i64 own[2] = {starts[0] + before, starts[1] + before};
                 build_entry<T>(a, own_x, table, own, entries, turn);
