@@ -263,7 +263,7 @@ def pack_codes(codes: Tensor, shape: tuple[int, int, int, int]) -> Tensor:
     row, column = _places()
     # [block, tile, stage, row, column]: a block's codes side by side, then in their places
     flat = cells.permute(2, 4, 0, 1, 3).reshape(tiles, stages, blocks, BLOCK_BYTES)
-    return flat[..., (row * WARP + column).flatten()]
+    return flat.index_select(3, (row * WARP + column).flatten()).contiguous()
 
 
 def pack(tensor: QuantizedTensor, config: Config, problem: Problem) -> Packed:
