@@ -1,130 +1,121 @@
 // table: each code is looked up in a table of its entry's products with x, built beforehand.
 //
 // A block holds ROWS rows, the sums of which stay in registers, and walks the tiles of its span of
-// columns: it builds the tables of a tile, then every warp looks up the codes of its rows. Codes are
-// packed [tiles of 32 columns, stages, blocks of 32 rows, 1 KB]; in a block's 1 KB lane l's 16 bytes
-// at 512 * part + 16 * l are codes of column lane_column(l): byte q of word i is of row
-// 4 * (slot ^ l / 4) + i, slot = 4 * part + q / 2 + 2 * (q % 2).
+// columns: it builds the tables of a tile, then every warp looks up the codes of its rows.
 //
-// A code's way to a warp is through registers, loaded again as soon as they are used, or (RING, on
+// A warp's codes are one stream: [groups of BLOCKS blocks of 32 rows, passes over stages, tiles of 32
+// columns, stages of the pass, blocks, 1 KB]. In a block's 1 KB lane l's 16 bytes at 512 * part + 16 *
+// l are codes of column lane_column(l): byte q of word i is of row 4 * (slot ^ l / 4) + i, slot = 4 *
+// part + q / 2 + 2 * (q % 2).
+//
+// A code's way to a warp is through registers, loaded again as soon as they are used up, or (RING, on
 // sm_90) a ring of its own in shared memory that the copy engine fills. Spans of columns are the
 // blocks of a cluster (CLUSTER), which then add up their sums, or blocks of the grid's z that store
 // their own. Either way sums are added in the order of the spans.
 //
-// T names, beside what table_build.cuh lists: RING (slots, 0: registers), RING_AT (its byte), CLUSTER,
-// SET_ROWS (rows of a codebook set; 0: one for all), DEPENDENT (see wait_for_earlier_launches).
+// T names, beside what table_build.cuh lists: RING (slots, 0: registers), SLOT_BYTES, RING_AT (its
+// byte); AHEAD, units that L2 is asked for before they are loaded; CLUSTER; SET_ROWS, of a codebook
+// set (0: one for all); DEPENDENT (see wait_for_earlier_launches).
 #pragma once
 
 #include <table_build.cuh>
 
 namespace vq {
 
-// Codes of a warp, a unit at a time: one stage of its rows in 32 columns.
+// Where a warp's codes of a pass lie: a unit, one stage of its rows in 32 columns, after another.
 template <class T>
-struct CodeWalk {
+struct CodeStream {
     using S = TableShape<T>;
     static constexpr int UNIT_BYTES = T::BLOCKS * BLOCK_BYTES;
 
-    const u8* from;   // the warp's first unit
-    u32 next;         // bytes from there to the next unit, while any is left; then to the last
-    u32 step;         // bytes of a stage of 32 columns
-    u32 last;
-    int left;         // units from `next` on
-    int stage, tile;  // of `next`, where a pass doesn't have all stages
-    int tiles;        // of 32 columns, in the span
+    const u8* from;    // the row group's first unit
+    int tile;          // the span's first, of 32 columns
+    int tiles, total;  // in the span, and in all
+    bool active;       // whether the warp has any rows
 
-    // The units of columns [first, last) for the warp's rows from `row` on.
-    VQ_INLINE CodeWalk(const Arguments<T>& a, int row, int begin, int end, bool active) {
-        const int warps = (a.rows + T::BLOCKS * ROWS_A_BLOCK - 1) / (T::BLOCKS * ROWS_A_BLOCK);
-        step = u32(warps) * UNIT_BYTES;
-        tiles = begin < end ? (end - begin + S::COLUMNS - 1) / S::COLUMNS * S::HALVES : 0;
-        from = a.codes + i64(begin / WARP * T::STAGES) * step + row / ROWS_A_BLOCK * BLOCK_BYTES;
-        left = active ? tiles * T::STAGES : 0;
-        last = left > 0 ? (left - 1) * step : 0;
-        next = 0;
-        stage = tile = 0;
+    VQ_INLINE CodeStream(const Arguments<T>& a, int row, int first, int last, bool has_rows) {
+        total = (a.columns + S::COLUMNS - 1) / S::COLUMNS * S::HALVES;
+        tile = first / WARP;
+        tiles = first < last ? (last - first + S::COLUMNS - 1) / S::COLUMNS * S::HALVES : 0;
+        from = a.codes + i64(row / (T::BLOCKS * ROWS_A_BLOCK)) * total * (T::STAGES * UNIT_BYTES);
+        active = has_rows;
     }
-
-    VQ_INLINE void advance() {
-        left--;
-        if constexpr (S::PASSES == 1) {
-            next = next + step < last ? next + step : last;
-            return;
-        }
-        if (left <= 0) return;
-        const int first = stage / S::AT_ONCE * S::AT_ONCE;
-        const int end = first + S::AT_ONCE < T::STAGES ? first + S::AT_ONCE : T::STAGES;
-        stage++;
-        if (stage == end) {
-            // on to the pass's first stage in the next tile, or to the next pass
-            tile++;
-            stage = first;
-            if (tile == tiles) {
-                tile = 0;
-                stage = end;
-            }
-        }
-        next = u32(tile * T::STAGES + stage) * step;
+    // The first unit of the pass over stages [stage, stage + count), and the number of units.
+    VQ_INLINE const u8* first(int stage, int count) const {
+        return from + (i64(total) * stage + tile * count) * UNIT_BYTES;
     }
-
-    // Ask that the first units come to L2.
-    VQ_INLINE void prefetch() const {
-        constexpr int UNITS = 4;
-        for (int unit = 0; unit < UNITS && unit < left; unit++) {
-            for (int line = lane_id(); line < UNIT_BYTES / 128; line += WARP) {
-                prefetch_l2(global(from), unit * i64(step) + line * 128);
-            }
-        }
-    }
+    VQ_INLINE int units(int count) const { return active ? tiles * count : 0; }
 };
 
-// The unit at hand in registers; what is used up is loaded again from the next unit.
+// Ask that units come to L2. from: the first one's line of 128 bytes that is the lane's.
+template <class T>
+VQ_INLINE void prefetch_units(const u8* from, int units) {
+    constexpr int BYTES = CodeStream<T>::UNIT_BYTES, LINES = BYTES / 128;
+    if (LINES < WARP && lane_id() >= LINES) return;
+    for (int unit = 0; unit < units; unit++) prefetch_l2(global(from), unit * BYTES);
+}
+
+// The unit at hand in registers. What is used up is loaded again from the next unit, also after the
+// last one: a load on condition would keep both in registers, and what it reads is there.
 template <class T>
 struct CodesInRegisters {
-    CodeWalk<T> walk;
+    using Stream = CodeStream<T>;
+
+    const Stream& stream;
+    const u8* next;  // the lane's first 16 bytes of the unit to be loaded
+    const u8* line;  // the lane's 128 bytes of the unit that L2 is to be asked for
     Pack<u32, 4> at[T::BLOCKS][2];
 
-    VQ_INLINE CodesInRegisters(const CodeWalk<T>& from, Shared<u8>) : walk(from) {
-        walk.from += lane_id() * 16;
-    }
+    VQ_INLINE CodesInRegisters(const Stream& all, Shared<u8>) : stream(all) {}
 
-    VQ_INLINE void start() {
-        if (walk.left == 0) return;
+    VQ_INLINE void start(int stage, int count) {
+        if (stream.units(count) == 0) return;
+        next = stream.first(stage, count) + lane_id() * 16;
+        line = stream.first(stage, count) + lane_id() * 128;
+        prefetch_units<T>(line, T::AHEAD);
+        line += T::AHEAD * Stream::UNIT_BYTES;
 #pragma unroll
         for (int block = 0; block < T::BLOCKS; block++) {
             used(block, 0);
             used(block, 1);
         }
-        walk.advance();
+        next += Stream::UNIT_BYTES;
     }
-    VQ_INLINE void begin() {}
+    VQ_INLINE void begin() {
+        if constexpr (T::AHEAD > 0) prefetch_units<T>(line, 1);
+    }
     VQ_INLINE Pack<u32, 4> take(int block, int part) const { return at[block][part]; }
-    // After the last unit it is loaded once more: a load on condition would hold both in registers.
     VQ_INLINE void used(int block, int part) {
-        const auto unit = global(walk.from + walk.next);
-        at[block][part] = unit.template stream<Pack<u32, 4>>(block * BLOCK_BYTES + part * 512);
+        const int byte = block * BLOCK_BYTES + part * 512;
+        at[block][part] = global(next).template stream<Pack<u32, 4>>(byte);
     }
-    VQ_INLINE void end() { walk.advance(); }
+    VQ_INLINE void end() {
+        next += Stream::UNIT_BYTES;
+        line += Stream::UNIT_BYTES;
+    }
 };
 
 #if VQ_HAS_BULK_COPIES
 
-// RING units on their way to shared memory: a ring for each warp, which no other waits for.
+// RING slots on their way to shared memory: a ring for each warp, which no other waits for.
 template <class T>
 struct CodesInRing {
+    using Stream = CodeStream<T>;
     static constexpr int WARPS = TableShape<T>::WARPS;
-    static constexpr int UNIT_BYTES = CodeWalk<T>::UNIT_BYTES;
+    static constexpr int UNITS = T::SLOT_BYTES / Stream::UNIT_BYTES;  // of a slot
 
-    CodeWalk<T> walk;
+    const Stream& stream;
+    const u8* next;
+    int left;  // bytes from there on
     Shared<u8> slots;
     Shared<u64> barriers;
-    int slot = 0;
+    int slot = 0, unit = 0;
     u32 parity = 0;
 
-    VQ_INLINE CodesInRing(const CodeWalk<T>& from, Shared<u8> at)
-        : walk(from),
-          slots(at + (T::RING_AT + warp_id() * T::RING * UNIT_BYTES)),
-          barriers((at + (T::RING_AT + WARPS * T::RING * UNIT_BYTES)).template as<u64>() +
+    VQ_INLINE CodesInRing(const Stream& all, Shared<u8> at)
+        : stream(all),
+          slots(at + (T::RING_AT + warp_id() * T::RING * T::SLOT_BYTES)),
+          barriers((at + (T::RING_AT + WARPS * T::RING * T::SLOT_BYTES)).template as<u64>() +
                    warp_id() * T::RING) {
         if (lane_id() == 0) {
             for (int i = 0; i < T::RING; i++) barrier_init(barriers + i, 1);
@@ -133,16 +124,27 @@ struct CodesInRing {
         sync_warp();
     }
 
-    VQ_INLINE void start() {
-        for (int i = 0; i < T::RING; i++) fill(i);
+    // Every slot has been used up: the next to be read is the next to be filled.
+    VQ_INLINE void start(int stage, int count) {
+        next = stream.first(stage, count);
+        left = stream.units(count) * Stream::UNIT_BYTES;
+        for (int i = 0, to = slot; i < T::RING; i++, to = to + 1 < T::RING ? to + 1 : 0) fill(to);
     }
-    VQ_INLINE void begin() { barrier_wait(barriers + slot, parity); }
+    VQ_INLINE void begin() {
+        if (UNITS == 1 || unit == 0) barrier_wait(barriers + slot, parity);
+    }
     VQ_INLINE Pack<u32, 4> take(int block, int part) const {
-        const int at = slot * UNIT_BYTES + block * BLOCK_BYTES + part * 512 + lane_id() * 16;
-        return slots.template load<Pack<u32, 4>>(at);
+        const int inside = unit * Stream::UNIT_BYTES + block * BLOCK_BYTES + part * 512;
+        return slots.template load<Pack<u32, 4>>(slot * T::SLOT_BYTES + inside + lane_id() * 16);
     }
     VQ_INLINE void used(int, int) {}
+    // The last unit of a pass ends its slot, however many were in it.
     VQ_INLINE void end() {
+        if constexpr (UNITS > 1) {
+            unit++;
+            if (unit < UNITS) return;
+            unit = 0;
+        }
         sync_warp();  // every lane has read the slot
         fill(slot);
         slot++;
@@ -154,13 +156,14 @@ struct CodesInRing {
 
 private:
     VQ_INLINE void fill(int to) {
-        if (walk.left <= 0) return;
+        if (left <= 0) return;
+        const u32 bytes = left < T::SLOT_BYTES ? left : T::SLOT_BYTES;
         if (lane_id() == 0) {
-            barrier_expect(barriers + to, UNIT_BYTES);
-            copy_bulk(slots, to * UNIT_BYTES, global(walk.from), walk.next, UNIT_BYTES,
-                      barriers + to);
+            barrier_expect(barriers + to, bytes);
+            copy_bulk(slots, to * T::SLOT_BYTES, global(next), 0, bytes, barriers + to);
         }
-        walk.advance();
+        next += T::SLOT_BYTES;
+        left -= T::SLOT_BYTES;
     }
 };
 
@@ -293,14 +296,16 @@ VQ_INLINE void table(const Arguments<T>& a) {
     const TableSpan<T> span(a);
     const int row = span.row + warp_id() * T::BLOCKS * ROWS_A_BLOCK;
     const bool active = row < span.rows;
-    const CodeWalk<T> walk(a, row, span.first, span.last, active);
+    const CodeStream<T> stream(a, row, span.first, span.last, active);
     if constexpr (T::DEPENDENT) {
-        walk.prefetch();
+        // what may be asked for while earlier launches run, even where they have just written it
+        const int units = stream.units(S::AT_ONCE);
+        prefetch_units<T>(stream.first(0, S::AT_ONCE) + lane_id() * 128, units < 4 ? units : 4);
         wait_for_earlier_launches();
         let_next_launch_begin();
     }
-    typename CodeSource<T, T::RING>::type codes(walk, memory);
-    codes.start();
+    typename CodeSource<T, T::RING>::type codes(stream, memory);
+    codes.start(0, S::AT_ONCE);
     TableInputs<T> x(memory);
     x.load(a, span.token, span.first);
     x.find_factors(a, span.token, span.first, span.last);
@@ -314,6 +319,7 @@ VQ_INLINE void table(const Arguments<T>& a) {
 #pragma unroll 1
     for (int stage = 0; stage < T::STAGES; stage += S::AT_ONCE) {
         const int count = stage + S::AT_ONCE < T::STAGES ? S::AT_ONCE : T::STAGES - stage;
+        if (stage > 0) codes.start(stage, count);
 #pragma unroll 1
         for (int column = span.first; column < span.last; column += S::COLUMNS) {
             sync_block();  // x is there, and the tables before have been read

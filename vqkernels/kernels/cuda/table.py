@@ -33,6 +33,7 @@ WARP = 32
 BLOCK_ROWS = 32
 BLOCK_BYTES = 1024  # codes of a stage: 32 rows by 32 columns
 REGION_BYTES = 64 << 10
+SLOT_BYTES = 4 << 10  # of a ring: 4 units of one block, or one of 4
 ENTRY_BYTES = 256  # of a region, for one entry
 ENTRIES = 256
 
@@ -46,6 +47,7 @@ SPACE = Space(
         Param("split", ("cluster", "workspace"), "where spans of k are added up"),
         Param("splits", (1, 2, 4, 8, 16), "spans of k summed apart"),
         Param("ring", (0, 2, 3, 4, 6), "slots of a warp's ring of codes; 0: registers"),
+        Param("ahead", (0, 4, 8), "KB of codes a warp asks L2 for, before registers take them"),
         Param("dependent", (False, True), "begin before the launch ahead has ended"),
     ),
     constraints=(
@@ -57,6 +59,10 @@ SPACE = Space(
         Constraint(
             "clusters of 2 to 8 blocks",
             lambda c: c.text("split") == "workspace" or 2 <= c.number("splits") <= 8,
+        ),
+        Constraint(
+            "a ring asks for codes itself",
+            lambda c: c.number("ring") == 0 or c.number("ahead") == 0,
         ),
     ),
 )
@@ -142,8 +148,7 @@ def x_bytes(config: Config, problem: Problem) -> int:
 
 def shared_bytes(config: Config, problem: Problem) -> int:
     """Tables, x, and each warp's ring with its barriers."""
-    slots = config.number("ring") * config.number("warps")
-    ring = slots * (BLOCK_BYTES * warp_blocks(config, problem) + 8)
+    ring = config.number("ring") * config.number("warps") * (SLOT_BYTES + 8)
     return table_bytes(config, problem) + x_bytes(config, problem) + ring
 
 
@@ -159,13 +164,20 @@ def parts(config: Config, problem: Problem) -> tuple[int, int]:
     return product.spans(problem, config.number("splits"), tile_columns(config))
 
 
-def code_shape(config: Config, problem: Problem) -> tuple[int, int, int, int]:
-    """Tiles of 32 columns, stages, blocks of 32 rows, bytes of a block."""
+def code_shape(config: Config, problem: Problem) -> tuple[int, int]:
+    """Groups of a warp's rows, and tiles of 32 columns: whole tiles of words."""
     spec, tile = problem.spec, tile_columns(config)
     _, columns = code_grid(spec, problem.n, problem.k)
-    a_warp = warp_blocks(config, problem)
-    blocks = -(-problem.n // (BLOCK_ROWS * a_warp)) * a_warp
-    return -(-columns // tile) * tile // WARP, len(spec.stages), blocks, BLOCK_BYTES
+    groups = -(-problem.n // (BLOCK_ROWS * warp_blocks(config, problem)))
+    return groups, -(-columns // tile) * tile // WARP
+
+
+def codes_bytes(config: Config, problem: Problem) -> int:
+    """Packed codes, and what registers load and L2 is asked for past their end."""
+    groups, tiles = code_shape(config, problem)
+    unit = BLOCK_BYTES * warp_blocks(config, problem)
+    past = max(unit, config.number("ahead") << 10)
+    return groups * tiles * len(problem.spec.stages) * unit + past
 
 
 # ------------------------------------------------------------------------------------------------
@@ -185,6 +197,7 @@ def default(problem: Problem, device: Device) -> Config:
         split="workspace",
         splits=1,
         ring=0,
+        ahead=4,
         dependent=hopper,
     )
     best = min(_candidates(base, problem, device), key=lambda one: cycles(one, problem, device))
@@ -230,7 +243,7 @@ def footprint(config: Config, problem: Problem, device: Device) -> Footprint:
     spec, m = problem.spec, problem.m
     rows, columns = code_grid(spec, problem.n, problem.k)
     books = product.book_entries(problem) * spec.vector_length * 2
-    weight = math.prod(code_shape(config, problem)) + sides_bytes(problem) + books
+    weight = codes_bytes(config, problem) + sides_bytes(problem) + books
     weight += 4 * (rows + columns + 1)
     spans = 1 if clustered(config) else parts(config, problem)[0]
     width_x, width_y = core_shape(spec, problem.n, problem.k)
@@ -254,16 +267,20 @@ def _places() -> tuple[Tensor, Tensor]:
     return 4 * (slot ^ (lane // 4)) + word, lane // 4 + 8 * (lane % 4)
 
 
-def pack_codes(codes: Tensor, shape: tuple[int, int, int, int]) -> Tensor:
-    """`codes: [rows, columns, stages]` as the kernel reads them, `shape`, uint8; padded with 0."""
-    tiles, stages, blocks, _ = shape
-    rows, columns, _ = codes.shape
-    padding = (0, 0, 0, tiles * WARP - columns, 0, blocks * BLOCK_ROWS - rows)
-    cells = functional.pad(codes, padding).view(blocks, BLOCK_ROWS, tiles, WARP, stages)
+def pack_codes(codes: Tensor, config: Config, problem: Problem) -> Tensor:
+    """`codes: [rows, columns, stages]` as the kernel reads them, uint8; padded with 0."""
+    groups, tiles = code_shape(config, problem)
+    blocks, at_once = warp_blocks(config, problem), stages_at_once(config, problem)
+    rows, columns, stages = codes.shape
+    padding = (0, 0, 0, tiles * WARP - columns, 0, groups * blocks * BLOCK_ROWS - rows)
+    cells = functional.pad(codes, padding).view(groups, blocks, BLOCK_ROWS, tiles, WARP, stages)
     row, column = _places()
-    # [block, tile, stage, row, column]: a block's codes side by side, then in their places
-    flat = cells.permute(2, 4, 0, 1, 3).reshape(tiles, stages, blocks, BLOCK_BYTES)
-    return flat.index_select(3, (row * WARP + column).flatten()).contiguous()
+    # [group, tile, stage, block, row, column]: a block's codes side by side, then in their places
+    flat = cells.permute(0, 3, 5, 1, 2, 4).reshape(groups, tiles, stages, blocks, BLOCK_BYTES)
+    placed = flat.index_select(4, (row * WARP + column).flatten())
+    passes = [part.flatten(1) for part in placed.split(at_once, dim=2)]
+    packed = torch.cat(passes, dim=1).flatten()
+    return functional.pad(packed, (0, codes_bytes(config, problem) - packed.numel()))
 
 
 def pack(tensor: QuantizedTensor, config: Config, problem: Problem) -> Packed:
@@ -273,7 +290,7 @@ def pack(tensor: QuantizedTensor, config: Config, problem: Problem) -> Packed:
     # within what fp32 holds both ways
     power = 2.0 ** min(max(math.frexp(norm)[1], -120), 120)
     arrays = {
-        "codes": pack_codes(tensor.parts["codes"], code_shape(config, problem)),
+        "codes": pack_codes(tensor.parts["codes"], config, problem),
         "books": (books / power).half(),
         "scales": torch.tensor([power], dtype=torch.float32),
     }
@@ -300,6 +317,8 @@ def programs(config: Config, problem: Problem) -> tuple[Program, ...]:
         "X_AT": at,
         "TENSOR_BUILD": tensor_build(config, problem),
         "RING": config.number("ring"),
+        "SLOT_BYTES": SLOT_BYTES,
+        "AHEAD": config.number("ahead") // warp_blocks(config, problem),
         "RING_AT": at + x_bytes(config, problem),
         "CLUSTER": cluster,
         "SET_ROWS": spec.group_size if spec.group_axis == "row" else 0,
