@@ -201,25 +201,32 @@ def default(problem: Problem, device: Device) -> Config:
         dependent=hopper,
     )
     best = min(_candidates(base, problem, device), key=lambda one: cycles(one, problem, device))
+    if best.number("blocks") == 4:
+        best = best.replace(ahead=0)  # 4 KB a warp are on their way as it is
     if hopper and 2 <= best.number("splits") <= 8:
         best = best.replace(split="cluster")
     return best
 
 
 def _candidates(base: Config, problem: Problem, device: Device) -> list[Config]:
-    """Sizes and splits within the rules and a block's shared memory; always one."""
+    """Sizes and splits within the rules, registers and a block's shared memory; always one."""
     room = device.shared_bytes or 96 << 10
-    most = 4 if base.number("tokens") == 4 else 8  # sums and codes leave registers for 16 warps
     found = [
         base.replace(warps=warps, blocks=blocks, regions=regions, splits=splits)
         for warps in (8, 14, 16)
         for blocks in (1, 2, 4)
         for regions in (1, 2, 3)
         for splits in (1, 2, 4, 8, 16)
-        if blocks * base.number("tokens") <= most
+        if base.number("tokens") * blocks <= (8 if warps == 8 else _many_warps_sums(problem))
     ]
     fitting = [one for one in found if shared_bytes(one, problem) <= room]
     return fitting or [base.replace(warps=8)]
+
+
+def _many_warps_sums(problem: Problem) -> int:
+    """Most `tokens * blocks` that 14 or 16 warps, with 128 registers a thread, hold beside a build."""
+    spec = problem.spec
+    return 2 if spec.vector_length <= 8 and spec.subspaces == 1 else 0
 
 
 def cycles(config: Config, problem: Problem, device: Device) -> float:

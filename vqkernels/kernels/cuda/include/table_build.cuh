@@ -325,11 +325,14 @@ VQ_INLINE void build_tables(const Arguments<T>& a, const TableInputs<T>& x, Shar
         }
     }
     // the stages' entries go round the warps, so that short stages leave none idle
+    // one piece at a time: sums and codes hold most registers
     int turn = warp_id();
+#pragma unroll 1
     for (int s = 0; s < count; s++) {
         const int entries = T::entries(stage + s), before = entries_before<T>(stage + s);
         const auto table = tables + int(table_place<T>(s, 0));
         const int pieces = (entries + STEP - 1) / STEP;
+#pragma unroll 1
         for (; turn < pieces; turn += S::WARPS) {
             if constexpr (T::TENSOR_BUILD) {
                 EntryBuild<T>{a, x, table, first + before, entries, turn * STEP}.run();
