@@ -124,8 +124,10 @@ struct CodesInRing {
         sync_warp();
     }
 
-    // Every slot has been used up: the next to be read is the next to be filled.
+    // All units before have been used up; their last slot may not have been full.
     VQ_INLINE void start(int stage, int count) {
+        if (UNITS > 1 && unit > 0) end_slot();
+        sync_warp();
         next = stream.first(stage, count);
         left = stream.units(count) * Stream::UNIT_BYTES;
         for (int i = 0, to = slot; i < T::RING; i++, to = to + 1 < T::RING ? to + 1 : 0) fill(to);
@@ -138,23 +140,23 @@ struct CodesInRing {
         return slots.template load<Pack<u32, 4>>(slot * T::SLOT_BYTES + inside + lane_id() * 16);
     }
     VQ_INLINE void used(int, int) {}
-    // The last unit of a pass ends its slot, however many were in it.
     VQ_INLINE void end() {
-        if constexpr (UNITS > 1) {
-            unit++;
-            if (unit < UNITS) return;
-            unit = 0;
-        }
+        unit++;
+        if (unit < UNITS) return;
         sync_warp();  // every lane has read the slot
         fill(slot);
+        end_slot();
+    }
+
+private:
+    VQ_INLINE void end_slot() {
+        unit = 0;
         slot++;
         if (slot == T::RING) {
             slot = 0;
             parity ^= 1;
         }
     }
-
-private:
     VQ_INLINE void fill(int to) {
         if (left <= 0) return;
         const u32 bytes = left < T::SLOT_BYTES ? left : T::SLOT_BYTES;

@@ -291,11 +291,11 @@ def pack_codes(codes: Tensor, config: Config, problem: Problem) -> Tensor:
 
 
 def pack(tensor: QuantizedTensor, config: Config, problem: Problem) -> Packed:
-    """Codes, entries divided by a power of two so that no L1 norm exceeds 1, and that power."""
+    """Codes, entries divided by a power of two so that no L1 norm exceeds 8, and that power."""
     books = pack_books(tensor)
     norm = float(books.abs().sum(dim=2).max())
     # within what fp32 holds both ways
-    power = 2.0 ** min(max(math.frexp(norm)[1], -120), 120)
+    power = 2.0 ** min(max(math.frexp(norm)[1] - 3, -120), 120)
     arrays = {
         "codes": pack_codes(tensor.parts["codes"], config, problem),
         "books": (books / power).half(),

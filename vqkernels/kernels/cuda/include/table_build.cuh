@@ -1,8 +1,8 @@
 // Filling dot-product tables: x in the range of fp16, and its products with every entry.
 //
 // The largest product of a table must stay finite in fp16, or a zero of the reducing operand would
-// make a NaN of it. Entries are packed so that no L1 norm exceeds 1; a token's x is multiplied by
-// the power of two that brings its largest element to 2^14 at least and below 2^15, and sums by its
+// make a NaN of it. Entries are packed so that no L1 norm exceeds 8; a token's x is multiplied by
+// the power of two that brings its largest element to 2^11 at least and below 2^12, and sums by its
 // inverse. A token that holds a NaN or an infinity is taken as zero, and its inverse as NaN.
 //
 // x of a tile lies in shared memory as tensor cores want it: a word of two neighbouring elements for
@@ -133,11 +133,11 @@ private:
             largest = size > largest ? size : largest;
         }
         const u32 exponent = largest >> 23;
-        // both powers must be normal; what is smaller than 2^-112 needs no more than that
-        const u32 usable = exponent < 15 ? 15 : exponent;
+        // both powers must be normal; what is smaller than 2^-115 needs no more than that
+        const u32 usable = exponent < 12 ? 12 : exponent;
         const bool finite = exponent < 255;
-        factors.store(v, finite && token + v < m ? as_float((268 - usable) << 23) : 0.0f);
-        inverses.store(v, finite ? as_float((usable - 14) << 23) : as_float(0x7fffffffu));
+        factors.store(v, finite && token + v < m ? as_float((265 - usable) << 23) : 0.0f);
+        inverses.store(v, finite ? as_float((usable - 11) << 23) : as_float(0x7fffffffu));
     }
 };
 
