@@ -234,7 +234,8 @@ def test_core(kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_core_of_the_whole_space(kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert run_all(list(sampled(kernel, 40)), monkeypatch)[kernel] == 40
+    count = 15 if kernel == "cuda/table" else 40  # its text takes g++ three times as long
+    assert run_all(list(sampled(kernel, count)), monkeypatch)[kernel] == count
 
 
 LAID_OUT = [

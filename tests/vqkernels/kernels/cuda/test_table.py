@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from autotune.cubin import read_cubin
+from autotune.inspection import ARCHS
 from tests.cuda import harness
 from vqkernels import oracle
 from vqkernels.device import Device, detect_cpu
@@ -22,7 +25,7 @@ from vqkernels.testing import prepare
 
 pytest.importorskip("cuda.bindings", reason="CUDA's bindings are not installed")
 
-from vqkernels.kernels.cuda import product, table
+from vqkernels.kernels.cuda import compiler, product, table
 from vqkernels.kernels.cuda.program import Program
 
 KERNEL = registry()["cuda/table"]
@@ -107,42 +110,65 @@ def grouped(**fields: Any) -> CodebookSpec:
 
 
 # 150 columns of codes: two tiles of 64 and a part of one, four of 32 and a part of one.
-TRIALS = (
-    Trial("rq-2x256x8", 75, 1200, 1, {"blocks": 2, "split": "cluster", "splits": 2, "ring": 2}),
-    Trial("rq-2x256x8", 300, 1200, 2, {"tokens": 2, "blocks": 2, "splits": 2, "ahead": 4}),
-    Trial("rq-3x256x8", 40, 1200, 3, {"tokens": 4, "split": "cluster", "splits": 4, "ring": 3}),
+CLUSTERED = Trial(
+    "rq-2x256x8", 75, 1200, 1, {"blocks": 2, "split": "cluster", "splits": 2, "ring": 2}
+)
+PAIRED = Trial("rq-2x256x8", 300, 1200, 2, {"tokens": 2, "blocks": 2, "splits": 2, "ahead": 4})
+FOURFOLD = Trial(
+    "rq-3x256x8", 40, 1200, 3, {"tokens": 4, "split": "cluster", "splits": 4, "ring": 3}
+)
+CORE = (
+    CLUSTERED,
+    PAIRED,
+    FOURFOLD,
+    Trial("rq-4x256x8", 40, 1200, 5, {"tokens": 2, "splits": 2, "ahead": 8}, device=AMPERE),
+    Trial("vq-256x32", 40, 1632, 1, {"build": "fma"}),
+    Trial("pq-m8", 40, 1664, 2, {"tokens": 2}),
+    Trial(grouped(group_axis="row", group_size=96), 300, 520, 1, {"split": "cluster", "splits": 2}),
+)
+REST = (
     Trial("rq-3x256x8", 200, 1200, 1, {"blocks": 4, "ring": 2}),
     Trial("rq-4x256x8", 40, 808, 4, {"tokens": 4, "regions": 3}, "bfloat16"),
-    Trial("rq-4x256x8", 40, 1200, 5, {"tokens": 2, "splits": 2, "ahead": 8}, device=AMPERE),
     Trial("vq-256x4", 40, 600, 2, {"tokens": 2, "build": "fma"}),
     Trial("vq-256x4", 40, 600, 1, {}),
     Trial("vq-100x12", 40, 1212, 2, {"tokens": 2}),
     Trial("vq-256x16", 40, 1616, 1, {"split": "cluster", "splits": 2}, "bfloat16"),
     Trial("vq-256x32", 40, 1632, 4, {"tokens": 4}),
-    Trial("vq-256x32", 40, 1632, 1, {"build": "fma"}),
-    Trial("pq-m8", 40, 1664, 2, {"tokens": 2}),
     Trial("pq-m16", 40, 1200, 1, {"ring": 4}),
     Trial(grouped(group_axis="row", group_size=64), 300, 520, 2, {"tokens": 2, "blocks": 4}),
-    Trial(grouped(group_axis="row", group_size=96), 300, 520, 1, {"split": "cluster", "splits": 2}),
     Trial(grouped(group_axis="column", group_size=208), 40, 1200, 1, {}),
 )
 
 
-@pytest.fixture(scope="module")
-def programs() -> None:
-    """What all trials launch, compiled together."""
+def build(trials: Sequence[Trial]) -> None:
+    """Compile what the trials launch, together."""
     for gpu in (HOPPER, AMPERE):
-        found = [p for t in TRIALS if t.device is gpu for p in table.programs(t.chosen, t.problem)]
+        found = [p for t in trials if t.device is gpu for p in table.programs(t.chosen, t.problem)]
         harness.build_programs(found, bulk_copies=gpu is HOPPER)
 
 
-@pytest.mark.parametrize("trial", TRIALS, ids=lambda t: f"{t.format}-m{t.m}"[:24])
-def test_right(trial: Trial, programs: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    out, expected, _ = launched(trial, trial.inputs(), monkeypatch, seed=trial.n % 4)
-    assert verdict(out, expected, trial).passed
+def right(trials: Sequence[Trial], monkeypatch: pytest.MonkeyPatch) -> None:
+    build(trials)
+    wrong = []
+    for number, trial in enumerate(trials):
+        out, expected, _ = launched(trial, trial.inputs(), monkeypatch, seed=number % 4)
+        if not (found := verdict(out, expected, trial)).passed:
+            wrong.append(f"{trial}: {found}")
+    assert not wrong, "\n".join(wrong)
 
 
-CLUSTERED, PAIRED, FOURFOLD = TRIALS[0], TRIALS[1], TRIALS[2]
+@pytest.fixture(scope="module")
+def programs() -> None:
+    build(CORE)
+
+
+def test_right(monkeypatch: pytest.MonkeyPatch) -> None:
+    right(CORE, monkeypatch)
+
+
+@pytest.mark.sweep
+def test_the_rest_is_right(monkeypatch: pytest.MonkeyPatch) -> None:
+    right(REST, monkeypatch)
 
 
 @pytest.mark.parametrize("trial", [CLUSTERED, PAIRED, FOURFOLD], ids=["m1", "m2", "m3"])
@@ -188,6 +214,39 @@ def test_a_bad_token_stays_alone(trial: Trial, bad: float, programs, monkeypatch
 def test_zeros(programs, monkeypatch) -> None:
     out, _, _ = launched(CLUSTERED, torch.zeros(1, CLUSTERED.k).half(), monkeypatch)
     assert not out.any()
+
+
+# ------------------------------------------------------------------------------------------------
+# machine code
+
+
+def lean(arch: str, m: int, format: str = "aqlm-2x8", side: int = 4096) -> None:
+    """The default for an architecture: no spills, and few instructions around each lookup."""
+    pytest.importorskip("triton", reason="Triton's wheel carries nvdisasm")
+    device = ARCHS[arch.removesuffix("a")]
+    problem = Problem(m=m, n=side, k=side, spec=parse_format(format), dtype="float16")
+    (program,) = table.programs(table.default(problem, device), problem)
+    code = read_cubin(compiler.compile_text(program.text(), arch.removeprefix("sm_")).cubin)
+    assert code.spill_bytes == 0
+    if m > 2:
+        return
+    words = code.loop.shared_loads[4]
+    assert words >= 64, "the hot loop is the lookups'"
+    assert sum(code.loop.tensor.values()) == words / 4
+    assert code.loop.instructions <= 2.7 * words
+
+
+@pytest.mark.parametrize(("arch", "m"), [("sm_80", 1), ("sm_90a", 1), ("sm_90a", 2)])
+def test_lookups_are_lean(arch: str, m: int) -> None:
+    lean(arch, m)
+
+
+@pytest.mark.sweep
+@pytest.mark.parametrize("side", [4096, 8192])
+@pytest.mark.parametrize("m", [1, 2, 4])
+@pytest.mark.parametrize("arch", ["sm_80", "sm_89", "sm_90a"])
+def test_lookups_are_lean_everywhere(arch: str, m: int, side: int) -> None:
+    lean(arch, m, side=side)
 
 
 # ------------------------------------------------------------------------------------------------
