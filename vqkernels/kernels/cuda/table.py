@@ -224,7 +224,7 @@ def _candidates(base: Config, problem: Problem, device: Device) -> list[Config]:
 
 
 def _many_warps_sums(problem: Problem) -> int:
-    """Most `tokens * blocks` that 14 or 16 warps, with 128 registers a thread, hold beside a build."""
+    """Most `tokens * blocks` of 14 or 16 warps, whose threads have 128 registers, beside a build."""
     spec = problem.spec
     return 2 if spec.vector_length <= 8 and spec.subspaces == 1 else 0
 
@@ -266,7 +266,7 @@ def footprint(config: Config, problem: Problem, device: Device) -> Footprint:
 
 @functools.cache
 def _places() -> tuple[Tensor, Tensor]:
-    """Row and column of each code of a block of 32 x 32, `[2, 32, 4, 4]`: part, lane, word, byte."""
+    """Row and column of a block's codes in packed order, `[2, 32, 4, 4]`: part, lane, word, byte."""
     part, lane, word, byte = torch.meshgrid(
         torch.arange(2), torch.arange(32), torch.arange(4), torch.arange(4), indexing="ij"
     )
@@ -285,7 +285,8 @@ def pack_codes(codes: Tensor, config: Config, problem: Problem) -> Tensor:
     # [group, tile, stage, block, row, column]: a block's codes side by side, then in their places
     flat = cells.permute(0, 3, 5, 1, 2, 4).reshape(groups, tiles, stages, blocks, BLOCK_BYTES)
     placed = flat.index_select(4, (row * WARP + column).flatten())
-    passes = [part.flatten(1) for part in placed.split(at_once, dim=2)]
+    firsts = range(0, stages, at_once)
+    passes = [placed[:, :, first : first + at_once].flatten(1) for first in firsts]
     packed = torch.cat(passes, dim=1).flatten()
     return functional.pad(packed, (0, codes_bytes(config, problem) - packed.numel()))
 
