@@ -224,7 +224,7 @@ def _candidates(base: Config, problem: Problem, device: Device) -> list[Config]:
 
 
 def _many_warps_sums(problem: Problem) -> int:
-    """Most `tokens * blocks` of 14 or 16 warps, whose threads have 128 registers, beside a build."""
+    """Most `tokens * blocks` of 14 or 16 warps: 128 registers a thread, also for a build."""
     spec = problem.spec
     return 2 if spec.vector_length <= 8 and spec.subspaces == 1 else 0
 
@@ -266,7 +266,7 @@ def footprint(config: Config, problem: Problem, device: Device) -> Footprint:
 
 @functools.cache
 def _places() -> tuple[Tensor, Tensor]:
-    """Row and column of a block's codes in packed order, `[2, 32, 4, 4]`: part, lane, word, byte."""
+    """Row and column of a block's codes as packed, `[2, 32, 4, 4]`: part, lane, word, byte."""
     part, lane, word, byte = torch.meshgrid(
         torch.arange(2), torch.arange(32), torch.arange(4), torch.arange(4), indexing="ij"
     )
