@@ -117,7 +117,7 @@ struct SharedWindow {
 
 // Brings nothing that can be seen: a kernel may ask for what isn't there.
 template <class T>
-void prefetch_l2(Global<const T>, i64) {}
+void prefetch_l2(Global<const T> from, i64 i) {}
 
 template <class T>
 void atomic_add(Global<T> to, i64 i, T value, VQ_AT) {
