@@ -25,7 +25,7 @@ from vqkernels.testing import prepare
 
 pytest.importorskip("cuda.bindings", reason="CUDA's bindings are not installed")
 
-from vqkernels.kernels.cuda import compiler, product, table
+from vqkernels.kernels.cuda import compiler, product, table, table_shape
 from vqkernels.kernels.cuda.program import Program
 
 KERNEL = registry()["cuda/table"]
@@ -275,7 +275,7 @@ def test_codes_are_read_once_each(programs, monkeypatch) -> None:
         blocks, spans = trial.chosen.number("blocks"), trial.chosen.number("splits")
         warps = -(-trial.n // (32 * blocks)) * spans
         past = 0 if trial.chosen.number("ring") else warps * blocks * 1024
-        padded = table.codes_bytes(trial.chosen, trial.problem) - max(
+        padded = table_shape.codes_bytes(trial.chosen, trial.problem) - max(
             blocks * 1024, trial.chosen.number("ahead") << 10
         )
         assert sum(site.bytes for site in codes) == padded + past
