@@ -29,19 +29,24 @@ from bench.peers import peers
 from bench.records import Case, RecordFile
 from bench.workload import Layer, Workload
 from vqkernels.device import Device
-from vqkernels.errors import BackendError
+from vqkernels.errors import BackendError, UnsupportedError
 from vqkernels.kernel import Kernel
 from vqkernels.problem import Dtype
 
-__all__ = ["BEST", "MS", "Plan", "correctness", "measured_bandwidth", "timing"]
+__all__ = ["BEST", "FUSED", "MS", "Plan", "correctness", "measured_bandwidth", "timing"]
 
 MS = (1, 2, 4, 8, 16, 64, 256, 2048)
 
 # The other half-precision dtype, at one m of each kind: few tokens, and a tile of tensor cores.
 _BFLOAT16_MS = (1, 16)
 
-# The block whose layers each run on the fastest kernel that was right.
-BEST = "best"
+# The block whose layers each run on the fastest kernel that was right; and with layers of one input
+# as one, each on the fastest of those few that were fastest on its parts.
+BEST, FUSED = "best", "best-fused"
+_FUSED_CANDIDATES = 3
+
+# Fusing saves launches, some microseconds each: timed where products are not much longer.
+_LAUNCH_BOUND_M = 64
 
 # Ten compilations and checks; a build of a peer's CUDA extension takes minutes, once.
 _CONFORM_S, _PREPARE_S, _MEASURE_S = 120.0, 240.0, 60.0
@@ -108,12 +113,14 @@ class Plan:
         """The task that times one layer."""
         return self._timed(name, m, (layer,), (kernel.id,), self.timers)
 
-    def block(self, kernels: Sequence[str], name: str, m: int, called: str) -> Timed:
+    def block(
+        self, workload: Workload, kernels: Sequence[str], name: str, m: int, called: str
+    ) -> Timed:
         """The task that times a decoder block, in a graph where there are any."""
-        one = self._timed(name, m, self.workload.layers, tuple(kernels), self.timers[-1:])
+        one = self._timed(name, m, workload.layers, tuple(kernels), self.timers[-1:])
         longest = self.budget.longest_call_s
         if longest is not None:  # each layer kept it
-            longest *= len(self.workload.layers)
+            longest *= len(workload.layers)
         budget = dataclasses.replace(self.budget, longest_call_s=longest)
         return dataclasses.replace(one, name=called, budget=budget)
 
@@ -211,54 +218,81 @@ class _Group:
     name: str
     m: int
     # by kernel and shape, by the last of the timers
-    layers: dict[tuple[str, int, int], Measurement] = dataclasses.field(default_factory=dict)
+    layers: dict[tuple[str, tuple[int, ...]], Measurement] = dataclasses.field(default_factory=dict)
 
     def run(self) -> Iterator[Record]:
         plan = self.plan
         for layer in plan.shapes():
             for kernel in plan.timed:
                 results = self._layer(kernel, layer)
-                self.layers[kernel.id, layer.n, layer.k] = results[-1][1]
+                self.layers[kernel.id, layer.shape] = results[-1][1]
                 yield from _written(self.file, results)
         for kernel in plan.timed:
-            yield from _written(self.file, self._block([kernel.id] * self.size, kernel.id))
-        yield from _written(self.file, self._best())
+            ids = [kernel.id] * len(plan.workload.layers)
+            yield from _written(self.file, self._block(plan.workload, ids, kernel.id))
+        yield from _written(self.file, self._best(plan.workload, BEST))
+        if self.plan.workload.together and self.m <= _LAUNCH_BOUND_M:
+            yield from self._fused(plan.workload.fused())
 
-    @property
-    def size(self) -> int:
-        return len(self.plan.workload.layers)
+    def _fused(self, workload: Workload) -> Iterator[Record]:
+        """Fused layers, then the block of the fastest; none where the format can't be fused."""
+        wholes = [layer for layer in workload.layers if layer.parts]
+        try:
+            for layer in wholes:
+                layer.spec(self.name)
+        except UnsupportedError as error:
+            self.progress(f"{self.name}: not fused: {error}")
+            return
+        for layer in wholes:
+            for kernel in self._fastest(layer):
+                results = self._measured(self.plan.layer(kernel, self.name, layer, self.m))
+                self.layers[kernel.id, layer.shape] = results[-1][1]
+                yield from _written(self.file, results)
+        yield from _written(self.file, self._best(workload, FUSED))
+
+    def _fastest(self, layer: Layer) -> list[Kernel]:
+        """Our own kernels that took every part of a fused layer, the few fastest of them."""
+        sums: dict[str, float] = {}
+        for kernel in self._own():
+            parts = [self.layers[kernel.id, part.shape] for part in layer.parts]
+            if all(part.status == "ok" for part in parts):
+                sums[kernel.id] = sum(part.median_s for part in parts)
+        chosen = sorted(sums, key=lambda kernel: sums[kernel])[:_FUSED_CANDIDATES]
+        return [kernel for kernel in self.plan.timed if kernel.id in chosen]
+
+    def _own(self) -> list[Kernel]:
+        return [k for k in self.plan.timed if k.reads != "dense" and k.id not in peers()]
 
     def _layer(self, kernel: Kernel, layer: Layer) -> list[Result]:
         task = self.plan.layer(kernel, self.name, layer, self.m)
-        for (other, n, k), before in self.layers.items():
+        for (other, shape), before in self.layers.items():
             # shapes grow: what was right but too slow to be timed stays so
             if other == kernel.id and before.status == "constraint" and before.correctness:
+                n, k = shape
                 reason = f"not tried: {n}x{k}, a smaller layer, is {before.reason}"
                 return _all_alike(task, "constraint", reason)
         return self._measured(task)
 
-    def _block(self, kernels: Sequence[str], called: str) -> list[Result]:
-        task = self.plan.block(kernels, self.name, self.m, called)
+    def _block(self, workload: Workload, kernels: Sequence[str], called: str) -> list[Result]:
+        task = self.plan.block(workload, kernels, self.name, self.m, called)
         for layer, kernel in zip(task.layers, kernels, strict=True):
-            alone = self.layers[kernel, layer.n, layer.k]
+            alone = self.layers[kernel, layer.shape]
             if alone.status != "ok":
                 return _all_alike(task, alone.status, f"{layer.name}: {alone.reason}")
         return self._measured(task)
 
-    def _best(self) -> list[Result]:
+    def _best(self, workload: Workload, called: str) -> list[Result]:
         """The block of the fastest of our own kernels; none where a layer has none."""
-        own = [k.id for k in self.plan.timed if k.reads != "dense" and k.id not in peers()]
         chosen = []
-        for layer in self.plan.workload.layers:
+        for layer in workload.layers:
+            found = {k.id: self.layers.get((k.id, layer.shape)) for k in self._own()}
             times = {
-                kernel: self.layers[kernel, layer.n, layer.k].median_s
-                for kernel in own
-                if self.layers[kernel, layer.n, layer.k].status == "ok"
+                kernel: one.median_s for kernel, one in found.items() if one and one.status == "ok"
             }
             if not times:
                 return []
             chosen.append(min(times, key=lambda kernel: times[kernel]))
-        return self._block(chosen, BEST)
+        return self._block(workload, chosen, called)
 
     def _measured(self, task: Timed) -> list[Result]:
         task = dataclasses.replace(task, bandwidth=self.bandwidth)

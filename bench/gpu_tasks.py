@@ -24,6 +24,7 @@ from bench.records import Case
 from bench.run import describe
 from bench.workload import Layer
 from vqkernels.device import Device
+from vqkernels.fuse import fuse
 from vqkernels.kernel import Kernel, registry
 from vqkernels.parts import effective_bits
 from vqkernels.presets import parse_format
@@ -134,7 +135,7 @@ class Timed:
 
     def problem(self, layer: Layer) -> Problem:
         """What is asked for a layer."""
-        spec = parse_format(self.format)
+        spec = layer.spec(self.format)
         return Problem(m=self.m, n=layer.n, k=layer.k, spec=spec, dtype=self.dtype)
 
 
@@ -183,7 +184,7 @@ def prepare(tasks: tuple[Timed, ...]) -> int:
         config = kernel.default(whole, site.device)
         few = dataclasses.replace(whole, n=min(whole.n, _FEW_ROWS))
         place = site.place or site.device.torch_name
-        packed = kernel.pack(_weight(task.format, few.n, few.k), config, few).to(place)
+        packed = kernel.pack(_weight(task.format, (few.n, few.k)), config, few).to(place)
         x = torch.zeros(few.m, few.k, dtype=few.torch_dtype, device=place)
         out = torch.empty(few.m, few.n, dtype=few.torch_dtype, device=place)
         kernel.compile(config, few, site.device)(packed, x, out)
@@ -212,8 +213,10 @@ def measure(task: Timed) -> list[Result]:
 
 
 @functools.lru_cache(maxsize=8)
-def _weight(name: str, n: int, k: int) -> QuantizedTensor:
-    return random_tensor(parse_format(name), n, k, fit=False)
+def _weight(name: str, shape: tuple[int, ...]) -> QuantizedTensor:
+    *sizes, k = shape
+    spec = parse_format(name)
+    return fuse([random_tensor(spec, n, k, seed=i, fit=False) for i, n in enumerate(sizes)])
 
 
 def _subject(site: Site, name: str, layer: Layer, m: int, dtype: Dtype) -> Subject:
@@ -223,16 +226,16 @@ def _subject(site: Site, name: str, layer: Layer, m: int, dtype: Dtype) -> Subje
     if _kept[0] != group:
         _kept = (group, {})  # frees the GPU's memory before the next are made
     subjects = _kept[1]
-    if (layer.n, layer.k) not in subjects:
-        subjects[layer.n, layer.k] = make_subject(
-            _weight(name, layer.n, layer.k),
+    if layer.shape not in subjects:
+        subjects[layer.shape] = make_subject(
+            _weight(name, layer.shape),
             m,
             site.device,
             dtype=dtype,
             seed=site.seed,
             place=site.place,
         )
-    return subjects[layer.n, layer.k]
+    return subjects[layer.shape]
 
 
-_kept: tuple[object, dict[tuple[int, int], Subject]] = (None, {})
+_kept: tuple[object, dict[tuple[int, ...], Subject]] = (None, {})

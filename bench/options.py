@@ -17,6 +17,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 _SELECTING = (
     click.option("-w", "--workload", "workloads", multiple=True, help="Name, or a .toml file."),
     click.option("-l", "--layer", "layers", multiple=True, help="Layers by glob, e.g. '*.query'."),
+    click.option("--fuse", is_flag=True, help="Layers of one input as one: qkv_proj, ..."),
     click.option("-f", "--format", "formats", multiple=True, help="Format, e.g. rq-2x256x8."),
     click.option("-k", "--kernel", "kernels", multiple=True, help="Kernels by glob: 'numba/*'."),
     click.option(

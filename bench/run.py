@@ -102,7 +102,11 @@ def _weight(plan: Plan, workload: Workload, layer: Layer, name: str) -> Weight |
 
 
 def _problem(plan: Plan, layer: Layer, name: str, m: int) -> Problem:
-    return Problem(m=m, n=layer.n, k=layer.k, spec=parse_format(name), dtype=plan.dtype)  # type: ignore[arg-type]  # click checked the choice
+    try:
+        spec = layer.spec(name)
+    except UnsupportedError:  # of a case without a weight, whose record says why
+        spec = parse_format(name)
+    return Problem(m=m, n=layer.n, k=layer.k, spec=spec, dtype=plan.dtype)  # type: ignore[arg-type]  # click checked the choice
 
 
 def _measure(

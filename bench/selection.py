@@ -23,12 +23,16 @@ def byte_code_formats() -> tuple[str, ...]:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Selection:
-    """Layers of one workload in some formats, at some m. Layers and kernels by glob."""
+    """Layers of one workload in some formats, at some m. Layers and kernels by glob.
+
+    fuse: layers of one input as one, where the workload names them.
+    """
 
     workload: str
     layers: tuple[str, ...] = ("*",)
     formats: tuple[str, ...]
     ms: tuple[int, ...] = (1,)
+    fuse: bool = False
 
     def cases(self) -> Iterator[tuple[Workload, Layer, str]]:
         """Workload, layer and format of every selected case.
@@ -38,6 +42,8 @@ class Selection:
         for name in self.formats:
             parse_format(name)  # before anything is measured
         workload = load_workload(self.workload)
+        if self.fuse:
+            workload = workload.fused()
         names = [layer.name for layer in workload.layers]
         if unused := _unmatched(self.layers, names):
             raise SpecError(

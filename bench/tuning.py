@@ -18,7 +18,6 @@ from vqkernels.dispatch import default_choice
 from vqkernels.errors import UnsupportedError
 from vqkernels.kernel import Kernel
 from vqkernels.parts import check_fit
-from vqkernels.presets import parse_format
 from vqkernels.problem import Dtype
 
 __all__ = ["Job", "Tuned", "jobs", "tune_job"]
@@ -53,8 +52,8 @@ def jobs(
     refused: list[str] = []
     for chosen in selections:
         for workload, layer, name in chosen.cases():
-            spec = parse_format(name)
             try:
+                spec = layer.spec(name)
                 check_fit(spec, layer.n, layer.k)
             except UnsupportedError as error:
                 refused.append(f"{workload.name} {layer.name} {name}: {error}")

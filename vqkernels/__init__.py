@@ -14,7 +14,8 @@ from vqkernels.errors import (
     UnsupportedError,
     VqError,
 )
-from vqkernels.nn import VQLinear, replace_linears
+from vqkernels.fuse import fuse
+from vqkernels.nn import FusedVQLinear, VQLinear, replace_linears
 from vqkernels.parts import BitCount, effective_bits
 from vqkernels.spec import CodebookSpec
 from vqkernels.tuned_lookup import TunedTableWarning
@@ -25,6 +26,7 @@ __all__ = [
     "CodebookSpec",
     "ConfigError",
     "ContainerError",
+    "FusedVQLinear",
     "SpecError",
     "TensorError",
     "TunedTableWarning",
@@ -32,6 +34,7 @@ __all__ = [
     "VQLinear",
     "VqError",
     "effective_bits",
+    "fuse",
     "replace_linears",
     "select",
     "use_tables",

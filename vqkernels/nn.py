@@ -1,10 +1,10 @@
-"""VQLinear, a linear layer on a quantised weight; `replace_linears` puts it in a model."""
+"""VQLinear, a linear layer on a quantised weight; several as one; `replace_linears` for a model."""
 
 from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -13,11 +13,12 @@ from torch import Tensor, nn
 from vqkernels.container import describe, load
 from vqkernels.dispatch import apply_parts, spec_text
 from vqkernels.errors import TensorError
+from vqkernels.fuse import fuse
 from vqkernels.parts import check_shape, part_table
 from vqkernels.spec import CodebookSpec
 from vqkernels.tensor import QuantizedTensor
 
-__all__ = ["VQLinear", "replace_linears"]
+__all__ = ["FusedVQLinear", "VQLinear", "replace_linears"]
 
 
 class VQLinear(nn.Module):
@@ -102,6 +103,35 @@ class VQLinear(nn.Module):
 
         super()._apply(keep_dtype, recurse)  # type: ignore[no-untyped-call]  # torch has no types
         return self
+
+
+class FusedVQLinear(nn.Module):
+    """Layers of one input as one product: `q, k, v = layer(x)`.
+
+    linear: the VQLinear of all their rows. sizes: the output features of each.
+    """
+
+    def __init__(self, linear: VQLinear, sizes: Sequence[int]) -> None:
+        super().__init__()
+        if sum(sizes) != linear.out_features:
+            raise TensorError(
+                f"FusedVQLinear: {linear.out_features} output features, but sizes of {sum(sizes)}"
+            )
+        self.linear, self.sizes = linear, list(sizes)
+
+    @classmethod
+    def from_quantized(cls, tensors: Sequence[QuantizedTensor]) -> FusedVQLinear:
+        """A layer on the rows of all `tensors`. Raises UnsupportedError as `fuse` does."""
+        return cls(VQLinear.from_quantized(fuse(tensors)), [one.n for one in tensors])
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        """`x: [..., in_features]` to a `[..., size]` for each: views of one result."""
+        parts: tuple[Tensor, ...] = torch.split(self.linear(x), self.sizes, dim=-1)
+        return parts
+
+    def extra_repr(self) -> str:
+        """The output features of each."""
+        return f"sizes={self.sizes}"
 
 
 # ------------------------------------------------------------------------------------------------

@@ -36,6 +36,7 @@ __all__ = ["command"]
 def command(
     workloads: tuple[str, ...],
     layers: tuple[str, ...],
+    fuse: bool,
     formats: tuple[str, ...],
     kernels: tuple[str, ...],
     ms: tuple[int, ...],
@@ -58,7 +59,7 @@ def command(
     """
     chosen = where(device, threads)
     plan = Plan(
-        selections=_selections(workloads, layers, formats, ms),
+        selections=_selections(workloads, layers, formats, ms, fuse),
         kernels=tuple(matching_kernels(kernels, chosen)),
         device=chosen,
         dtype=dtype or usual_dtype(chosen),
@@ -78,10 +79,14 @@ def command(
 
 
 def _selections(
-    workloads: Sequence[str], layers: Sequence[str], formats: Sequence[str], ms: Sequence[int]
+    workloads: Sequence[str],
+    layers: Sequence[str],
+    formats: Sequence[str],
+    ms: Sequence[int],
+    fuse: bool = False,
 ) -> tuple[Selection, ...]:
     """The default selection, narrowed; or what the options name."""
-    if not workloads and not formats and not layers:
+    if not (workloads or formats or layers or fuse):
         return tuple(
             Selection(
                 workload=one.workload,
@@ -97,6 +102,7 @@ def _selections(
             layers=tuple(layers) or ("*",),
             formats=tuple(formats) or ("rq-2x256x8",),
             ms=tuple(ms) or (1,),
+            fuse=fuse,
         )
         for name in workloads or ("minilm",)
     )

@@ -54,6 +54,7 @@ _COLUMNS = {
 def command(
     workloads: tuple[str, ...],
     layers: tuple[str, ...],
+    fuse: bool,
     formats: tuple[str, ...],
     kernels: tuple[str, ...],
     ms: tuple[int, ...],
@@ -83,6 +84,7 @@ def command(
             layers=tuple(layers) or ("*",),
             formats=tuple(formats) or ("aqlm-2x8",),
             ms=tuple(ms) or (1,),
+            fuse=fuse,
         )
         for name in workloads or ("llama2-7b",)
     ]

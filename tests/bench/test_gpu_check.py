@@ -320,6 +320,36 @@ def test_the_baseline_and_the_peers_are_never_our_best(tmp_path, inline):
     assert {r["kernel"] for r in records if r["layer"] == "block"} == {"torch/dense", "aqlm/numba"}
 
 
+def fusing(**fields):
+    workload = dataclasses.replace(plan().workload, together={"qv": ("q", "v")})
+    return plan(timed=("torch/dense", "torch/dequant", "numba/table"), workload=workload, **fields)
+
+
+def test_layers_of_one_input_are_timed_as_one_too(tmp_path, inline):
+    one = fusing(ms=(1, 128))
+    records = collect(tmp_path, lambda file: gpu_check.timing(one, FAST, file, LATER))
+    fused = [r for r in records if r["layer"] == "qv"]
+    assert {r["m"] for r in fused} == {1}, "many tokens hide a launch"
+    found = {r["kernel"]: (r["status"], r["n"], r["spec"]["group_size"]) for r in fused}
+    assert found == {"torch/dequant": ("ok", 128, 64), "numba/table": ("constraint", 128, 64)}
+    (block,) = [r for r in records if r["kernel"] == gpu_check.FUSED]
+    assert (block["status"], block["m"]) == ("ok", 1)
+    assert [step["layer"] for step in block["steps"]] == ["qv", "up", "small"]
+    assert block["steps"][0]["kernel"] == "torch/dequant"
+
+
+def test_a_format_that_can_not_be_fused_costs_only_that(tmp_path, inline):
+    layers = (Layer(name="q", n=60, k=96), Layer(name="v", n=64, k=96))
+    workload = Workload(
+        name="t", about="", source="", blocks=1, layers=layers, together={"qv": ("q", "v")}
+    )
+    one = plan(timed=("torch/dequant",), workload=workload, formats=("toy-16-4",), ms=(1,))
+    told = []
+    records = collect(tmp_path, lambda file: gpu_check.timing(one, FAST, file, LATER, told.append))
+    assert [r["layer"] for r in records] == ["q", "v", "block", "block"]
+    assert any("not fused: a weight of 60 rows" in line for line in told)
+
+
 # Goals
 
 

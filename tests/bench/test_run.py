@@ -115,6 +115,22 @@ def test_a_record_tells_how_it_came_about(run, workload, tmp_path):
     assert second["id"].endswith("/2")
 
 
+def test_fused_layers_are_run_as_one(run, tmp_path):
+    path = tmp_path / "pair.toml"
+    layer = '[[layer]]\nname = "{}"\nn = {}\nk = 64\n'
+    pair = '[[fused]]\nname = "ab"\nlayers = ["a", "b"]\n'
+    head = 'about = "a"\nsource = "s"\nblocks = 1\n'
+    path.write_text(head + layer.format("a", 32) + layer.format("b", 16) + pair, encoding="utf-8")
+    done = run("-w", str(path), "--fuse", "-f", "rq-2x8x8", "-f", "pq-m8", "-f", "toy-16-4")
+    assert done.exit_code == 0, done.output
+    records = results(tmp_path)
+    assert {(r["layer"], r["n"], r["k"]) for r in records} == {("ab", 48, 64)}
+    found = {r["format"]: (r["status"], r["spec"]["group_size"]) for r in records}
+    assert found["rq-2x8x8"] == ("ok", 32)
+    assert found["toy-16-4"] == ("ok", 32)
+    assert found["pq-m8"][0] == "constraint", "256 entries for fewer vectors"
+
+
 def test_records_become_one_table(run, workload, tmp_path):
     run("-w", workload, *SELECTION)
     frame = load_records((tmp_path / "results").rglob("*.jsonl"))

@@ -60,6 +60,12 @@ def test_layers_are_chosen_by_glob_in_the_models_order(patterns, chosen):
     assert layers(*patterns) == chosen
 
 
+def test_fused_layers_are_chosen_as_they_are_called():
+    cases = make(fuse=True, layers=("*_proj",)).cases()
+    names = [layer.name for _, layer, _ in cases]
+    assert names == ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"]
+
+
 def test_every_format_is_run_on_every_layer():
     cases = make(layers=("q_proj", "k_proj"), formats=("vq-256x8", "pq-m8")).cases()
     assert [(layer.name, name) for _, layer, name in cases] == [

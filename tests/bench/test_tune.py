@@ -92,6 +92,13 @@ def test_layers_of_one_shape_are_one_job() -> None:
     assert refused == []
 
 
+def test_a_fused_layer_is_a_job_in_its_own_format() -> None:
+    fused = Selection(workload="llama3-8b", formats=("aqlm-2x8",), layers=("qkv_proj",), fuse=True)
+    ((job,), refused) = tuning.jobs([fused], detect_cpu(1), "float32", seed=0, cold=True)
+    assert (job.recipe.n, job.recipe.k, job.recipe.spec.group_size) == (6144, 4096, 1024)
+    assert refused == []
+
+
 def test_layers_that_cannot_hold_a_format_are_told() -> None:
     toy = Selection(workload="toy", formats=("rq-2x256x8", "toy-16-4"))
     found, refused = tuning.jobs([toy], detect_cpu(1), "float32", seed=0, cold=True)

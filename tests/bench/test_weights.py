@@ -48,6 +48,18 @@ def test_shapes_alone_get_random_codes():
     weight.tensor.validate()
 
 
+def test_a_fused_layer_has_its_parts_weights(package):
+    layer = Layer(name="both", n=48, k=32, parts=(LAYER, LAYER))
+    weight, part = make_weight(package, layer, FORMAT), make_weight(package, LAYER, FORMAT)
+    assert torch.equal(weight.tensor.decode()[:24], part.tensor.decode())
+    assert weight.codes == "trained"
+    assert 0 < weight.relative_error < 1
+    made = make_weight(make_workload(), layer, FORMAT)
+    first, second = made.tensor.decode().split(24)
+    assert (made.codes, made.relative_error) == ("uniform", None)
+    assert not torch.equal(first, second)
+
+
 def test_random_codes_come_from_the_seed():
     def decode(seed):
         return make_weight(make_workload(), LAYER, FORMAT, seed=seed).tensor.decode()

@@ -10,6 +10,7 @@ from safetensors import safe_open
 from bench.weights import weights_file
 from bench.workload import load_workload, workload_names
 from vqkernels.errors import SpecError
+from vqkernels.presets import PRESETS
 
 # hidden, key-value width, intermediate, blocks, from each model's config.json
 LLAMAS = {
@@ -35,6 +36,40 @@ def test_decoder_blocks_have_their_models_shapes(name: str) -> None:
         "up_proj": (inner, hidden),
         "down_proj": (hidden, inner),
     }
+
+
+@pytest.mark.parametrize("name", LLAMAS)
+def test_layers_of_one_input_run_as_one(name: str) -> None:
+    hidden, kv, inner, _ = LLAMAS[name]
+    fused = load_workload(name).fused()
+    assert [(layer.name, layer.shape) for layer in fused.layers] == [
+        ("qkv_proj", (hidden, kv, kv, hidden)),
+        ("o_proj", (hidden, hidden)),
+        ("gate_up_proj", (inner, inner, hidden)),
+        ("down_proj", (hidden, inner)),
+    ]
+    assert fused.layers[0].n == hidden + 2 * kv
+    assert fused.layers[0].spec("aqlm-2x8").group_size == kv
+    assert fused.layers[1].spec("aqlm-2x8") == PRESETS["aqlm-2x8"]
+
+
+def test_a_workload_of_single_layers_can_not_be_fused() -> None:
+    with pytest.raises(SpecError, match="workload toy names no layers"):
+        load_workload("toy").fused()
+
+
+@pytest.mark.parametrize(
+    ("layers", "words"), [('["x", "z"]', "no layer 'z'"), ('["x", "y"]', "not one input")]
+)
+def test_layers_that_can_not_be_one(layers: str, words: str, tmp_path: Path) -> None:
+    path = tmp_path / "mine.toml"
+    path.write_text(
+        'about = "a"\nsource = "s"\nblocks = 3\n[[layer]]\nname = "x"\nn = 5\nk = 7\n'
+        f'[[layer]]\nname = "y"\nn = 5\nk = 8\n[[fused]]\nname = "xy"\nlayers = {layers}\n',
+        encoding="utf-8",
+    )
+    with pytest.raises(SpecError, match=words):
+        load_workload(str(path))
 
 
 def test_seed_blocks_have_the_seeds_weights() -> None:

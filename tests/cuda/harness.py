@@ -217,7 +217,7 @@ def run_program(
         threads=program.threads,
         cluster=program.cluster,
         shared_bytes=program.shared_bytes,
-        **options,
+        **{"writable": program.writes, **options},
     )
 
 

@@ -101,6 +101,7 @@ def naive(layout: str, length: int) -> Program:
             "COLUMN_SETS": False,
             "entries": (256, 256),
             "bits": (8, 8),
+            "FINAL": False,
         },
         numbers={
             "m": 3,

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from vqkernels.kernels.linear import pack_books, pack_sets, pack_sides
+from vqkernels.kernels.linear import pack_books, pack_sets, pack_sides, share_books
 from vqkernels.packing import pack_codes, packed_words
 from vqkernels.parts import code_grid
 from vqkernels.problem import Problem
@@ -68,8 +68,13 @@ def codes_bytes(problem: Problem, layout: str) -> int:
     return rows * columns * len(spec.stages) * code_dtype(problem, layout).itemsize
 
 
-def arrays(tensor: QuantizedTensor, layout: str, problem: Problem) -> dict[str, Tensor]:
-    """Codes in `layout`, codebooks, set numbers and sides."""
+def arrays(
+    tensor: QuantizedTensor, layout: str, problem: Problem, *, shared: bool = True
+) -> dict[str, Tensor]:
+    """Codes in `layout`, codebooks, set numbers and sides.
+
+    shared: equal codebook sets are packed once; False for a kernel that counts on all of them.
+    """
     codes = tensor.parts["codes"]
     if layout == "packed":
         packed = pack_codes(codes, tensor.spec.code_bits)
@@ -85,9 +90,12 @@ def arrays(tensor: QuantizedTensor, layout: str, problem: Problem) -> dict[str, 
         packed = words.view(rows.shape[0], rows.shape[1], -1)
     else:
         packed = codes.contiguous()
-    sets = {name: values.int() for name, values in pack_sets(tensor).items()}
-    books = pack_books(tensor).to(books_dtype(problem))
-    return {"codes": packed, "books": books} | sets | pack_sides(tensor)
+    books, sets = pack_books(tensor), pack_sets(tensor)
+    if shared:
+        books, sets = share_books(tensor.spec, books, sets)
+    narrow = {name: values.int() for name, values in sets.items()}
+    sides = pack_sides(tensor)
+    return {"codes": packed, "books": books.to(books_dtype(problem))} | narrow | sides
 
 
 def numbers(problem: Problem) -> dict[str, int]:

@@ -12,7 +12,8 @@ the kernel reads x and writes `out` itself.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import hashlib
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
@@ -31,6 +32,7 @@ __all__ = [
     "pack_sets",
     "pack_sides",
     "set_axes",
+    "share_books",
     "sides_bytes",
     "surround",
 ]
@@ -96,8 +98,37 @@ def pack_sets(tensor: QuantizedTensor) -> dict[str, Tensor]:
     return arrays
 
 
+def share_books(
+    spec: CodebookSpec, books: Tensor, sets: Mapping[str, Tensor]
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """What `pack_books` and `pack_sets` give, with equal sets kept once: fused weights repeat them.
+
+    Only groups of rows are looked through; `row_sets` names what is kept.
+    """
+    if spec.group_axis != "row":
+        return books, dict(sets)
+    groups = books.view(-1, spec.subspaces, *books.shape[1:])
+    kept: list[int] = []
+    places: list[int] = []
+    place_of: dict[bytes, int] = {}
+    for number, group in enumerate(groups):
+        digest = hashlib.sha256(group.numpy().tobytes()).digest()
+        if place_of.setdefault(digest, len(kept)) == len(kept):
+            kept.append(number)
+        places.append(place_of[digest])
+    if len(kept) == len(groups):
+        return books, dict(sets)
+    group, subspace = sets["row_sets"] // spec.subspaces, sets["row_sets"] % spec.subspaces
+    row_sets = torch.tensor(places)[group] * spec.subspaces + subspace
+    return groups[kept].flatten(0, 1), {**sets, "row_sets": row_sets}
+
+
 def pack_sides(tensor: QuantizedTensor) -> dict[str, Tensor]:
-    """The arrays that `surround` applies, in fp32; empty for a plain codebook format."""
+    """The arrays that `surround` applies, in fp32; empty for a plain codebook format.
+
+    Side columns `[side_columns, n]` and the rotation lie transposed: what a GPU's neighbouring
+    threads read, one output each, is side by side.
+    """
     spec, parts, k = tensor.spec, tensor.parts, tensor.k
     arrays: dict[str, Tensor] = {}
     for name, axis in (("scale", spec.scale_axis), ("zero", spec.zero_axis)):
@@ -105,11 +136,11 @@ def pack_sides(tensor: QuantizedTensor) -> dict[str, Tensor]:
             side = "x" if axis == "column" else "y"
             arrays[f"{side}_{name}"] = parts[name].float()
     if spec.permuted:
-        arrays["permutation"] = parts["permutation"].long()
+        arrays["permutation"] = parts["permutation"].int()
     if spec.rotation_size:
-        arrays["rotation"] = parts["rotation"].float()
+        arrays["rotation"] = parts["rotation"].float().T.contiguous()
     if spec.side_columns:
-        arrays["side"] = tensor.side_weight(torch.float32)
+        arrays["side"] = tensor.side_weight(torch.float32).T.contiguous()
     inside = spec.vector_axis == "in"
     features = k - spec.side_columns if inside else tensor.n
     cells = cell_columns(spec, features)
@@ -194,7 +225,7 @@ def _before(packed: Packed, spec: CodebookSpec, x: Tensor) -> tuple[Tensor, Tens
         side_x, x = x[:, : spec.side_columns].float(), x[:, spec.side_columns :]
     if "rotation" in packed:
         blocks = x.float().reshape(x.shape[0], -1, spec.rotation_size)
-        x = (blocks @ packed["rotation"].T).reshape(x.shape[0], -1)
+        x = (blocks @ packed["rotation"]).reshape(x.shape[0], -1)
     if "x_cells" in packed:
         x = torch.nn.functional.pad(x, (0, 1))[:, packed["x_cells"]]
     return x.to(dtype).contiguous(), side_x
@@ -203,7 +234,7 @@ def _before(packed: Packed, spec: CodebookSpec, x: Tensor) -> tuple[Tensor, Tens
 def _after(packed: Packed, x: Tensor, side_x: Tensor | None, y: Tensor, out: Tensor) -> None:
     """From core_y to `out`; in fp32 until the last store."""
     if side_x is not None:
-        y = torch.addmm(y, side_x, packed["side"].T)
+        y = torch.addmm(y, side_x, packed["side"])
     if "y_scale" in packed:
         y = y * packed["y_scale"]
     if "x_zero" in packed:

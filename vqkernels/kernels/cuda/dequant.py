@@ -13,10 +13,9 @@ from torch import Tensor
 from vqkernels.device import Device
 from vqkernels.kernel import Footprint, Kernel, Packed, Run
 from vqkernels.kernels import layout
-from vqkernels.kernels.cuda import product
+from vqkernels.kernels.cuda import around, product
 from vqkernels.kernels.cuda.driver import Launcher
 from vqkernels.kernels.cuda.program import Program
-from vqkernels.kernels.linear import core_shape, surround
 from vqkernels.parts import code_grid
 from vqkernels.problem import Problem
 from vqkernels.space import Config, Param, Space
@@ -46,8 +45,7 @@ def footprint(config: Config, problem: Problem, device: Device) -> Footprint:
     rows, columns = code_grid(spec, problem.n, problem.k)
     base = product.footprint(config, problem, 1)
     dense = rows * columns * spec.vector_length
-    width_x, width_y = core_shape(spec, problem.n, problem.k)
-    workspace = dense * problem.torch_dtype.itemsize + 8 * problem.m * (width_x + width_y)
+    workspace = dense * problem.torch_dtype.itemsize + around.workspace_bytes(problem, 1)
     flops = problem.flops + dense * (len(spec.stages) - 1)
     return Footprint(base.weight_bytes, workspace, flops)
 
@@ -77,12 +75,12 @@ def compile(config: Config, problem: Problem, device: Device) -> Run:
     length = problem.spec.vector_length
     shape = (rows, columns * length) if along_in else (columns, rows * length)
 
-    def core(packed: Packed, x: Tensor, out: Tensor) -> None:
+    def core(packed: Packed, x: Tensor, y: Tensor) -> None:
         dense = torch.empty(shape, dtype=x.dtype, device=x.device)
         launch({**product.arrays_of(packed), "out": dense})
-        out.copy_(x @ (dense.T if along_in else dense))
+        torch.mm(x, dense.T if along_in else dense, out=y.view(problem.m, -1))
 
-    return surround(core, problem)
+    return around.surround(core, problem, device, sums=problem.torch_dtype)
 
 
 KERNEL = Kernel(

@@ -32,10 +32,8 @@ VQ_INLINE void naive(const Arguments<T>& a) {
             for (int e = 0; e < T::LENGTH; e++) sums[e] += weight[e] * value;
         }
     }
-    const auto out = global(a.out);
-    const i64 at = (i64(number) * a.m + token) * a.width + i64(row) * OUTPUTS;
 #pragma unroll
-    for (int e = 0; e < OUTPUTS; e++) out.store(at + e, from_float<typename T::Out>(sums[e]));
+    for (int e = 0; e < OUTPUTS; e++) store_sum<T>(a, number, token, row, e, sums[e]);
 }
 
 }  // namespace vq

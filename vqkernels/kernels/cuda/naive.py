@@ -9,7 +9,7 @@ from __future__ import annotations
 from vqkernels.device import Device
 from vqkernels.kernel import Footprint, Kernel
 from vqkernels.kernels import layout
-from vqkernels.kernels.cuda import product
+from vqkernels.kernels.cuda import around, product
 from vqkernels.kernels.cuda.program import Program
 from vqkernels.parts import code_grid
 from vqkernels.problem import Problem
@@ -52,7 +52,7 @@ def programs(config: Config, problem: Problem) -> tuple[Program, ...]:
         Program(
             kernel="naive",
             types=product.types(problem, code_layout, parts),
-            constants=product.constants(problem, code_layout),
+            constants=product.constants(problem, code_layout) | around.store(problem, parts),
             numbers=product.numbers(problem, code_layout, span),
             grid=(-(-rows // threads), problem.m, parts),
             threads=threads,

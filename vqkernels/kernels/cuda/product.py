@@ -10,9 +10,10 @@ from torch import Tensor
 from vqkernels.device import Device
 from vqkernels.kernel import Footprint, Packed, Run
 from vqkernels.kernels import layout
+from vqkernels.kernels.cuda import around
 from vqkernels.kernels.cuda.driver import Launcher
-from vqkernels.kernels.cuda.program import Program
-from vqkernels.kernels.linear import books_bytes, core_shape, set_axes, sides_bytes, surround
+from vqkernels.kernels.cuda.program import C_TYPES, Program
+from vqkernels.kernels.linear import books_bytes, core_shape, set_axes, sides_bytes
 from vqkernels.parts import code_grid, codebook_sets
 from vqkernels.problem import Problem
 from vqkernels.space import Config
@@ -40,15 +41,6 @@ Compile = Callable[[Config, Problem, Device], Run]
 LONGEST = 32
 MOST_STAGES = 4
 MOST_TOKENS = 65_535  # blocks along y, on every architecture
-
-_TYPES = {
-    torch.float32: "float",
-    torch.float16: "__half",
-    torch.bfloat16: "__nv_bfloat16",
-    torch.uint8: "vq::u8",
-    torch.uint16: "vq::u16",
-    torch.int32: "vq::u32",
-}
 
 
 def arch(device: Device) -> int:
@@ -81,10 +73,10 @@ def unsupported_product(problem: Problem, device: Device) -> str | None:
 def types(problem: Problem, code_layout: str, parts: int) -> dict[str, str]:
     """C++ types of the arrays; `out` is in x's type, or fp32 where it holds several spans."""
     return {
-        "X": _TYPES[problem.torch_dtype],
-        "Entry": _TYPES[layout.books_dtype(problem)],
-        "Code": _TYPES[layout.code_dtype(problem, code_layout)],
-        "Out": _TYPES[torch.float32 if parts > 1 else problem.torch_dtype],
+        "X": C_TYPES[problem.torch_dtype],
+        "Entry": C_TYPES[layout.books_dtype(problem)],
+        "Code": C_TYPES[layout.code_dtype(problem, code_layout)],
+        "Out": C_TYPES[torch.float32 if parts > 1 else problem.torch_dtype],
     }
 
 
@@ -112,6 +104,7 @@ def numbers(problem: Problem, code_layout: str, span: int) -> dict[str, int]:
     words = layout.numbers(problem)["WORDS"]
     return {
         "m": problem.m,
+        "n": problem.n,
         "k": width_x,
         "width": width_y,
         "rows": rows,
@@ -141,61 +134,51 @@ def spans(problem: Problem, splits: int, unit: int) -> tuple[int, int]:
 
 
 def footprint(config: Config, problem: Problem, parts: int, shared_bytes: int = 0) -> Footprint:
-    """Codes, codebooks and sides; x and y in fp32 while they are transformed, and partial sums."""
+    """Codes, codebooks and sides; what surrounds the product, and partial sums."""
     spec = problem.spec
     rows, columns = code_grid(spec, problem.n, problem.k)
     weight = layout.codes_bytes(problem, config.text("layout")) + sides_bytes(problem)
     weight += books_bytes(problem) + 4 * (rows + columns)
-    width_x, width_y = core_shape(spec, problem.n, problem.k)
-    workspace = 4 * problem.m * (2 * width_x + (2 + (parts if parts > 1 else 0)) * width_y)
+    workspace = around.workspace_bytes(problem, parts)
     return Footprint(weight, workspace, problem.flops, shared_bytes)
 
 
-def pack(tensor: QuantizedTensor, config: Config, problem: Problem) -> Packed:
-    """Codes in the config's layout."""
-    return Packed(layout.arrays(tensor, config.text("layout"), problem))
+def pack(
+    tensor: QuantizedTensor, config: Config, problem: Problem, *, shared: bool = True
+) -> Packed:
+    """Codes in the config's layout; equal codebook sets once, unless `shared` is off."""
+    arrays = layout.arrays(tensor, config.text("layout"), problem, shared=shared)
+    # the launches around a product compute the order of cells
+    return Packed({name: one for name, one in arrays.items() if not name.endswith("_cells")})
 
 
 def compiler(programs: Callable[[Config, Problem], tuple[Program, ...]]) -> Compile:
-    """The `compile` of a kernel file whose one program writes spans of fp32 sums, or `out`."""
+    """The `compile` of a kernel file whose one program writes spans of fp32 sums, or `out`.
+
+    A program with the constant FINAL stores y itself, as `around.store` says.
+    """
 
     def compile(config: Config, problem: Problem, device: Device) -> Run:
         (product,) = programs(config, problem)
-        parts = product.grid[2]
-        # y in x's type, or in fp32 where it goes on: a launcher each, the first made now
-        usual = torch.float32 if parts > 1 else problem.torch_dtype
-        launchers = {usual: Launcher(product, device)}
+        parts, final = product.grid[2], bool(product.constants.get("FINAL"))
+        if not final and around.epilogue(problem, device, parts) is not None:
+            product = writing(product, torch.float32)
+        launch = Launcher(product, device)
 
-        def launcher(dtype: torch.dtype) -> Launcher:
-            if dtype not in launchers:
-                launchers[dtype] = Launcher(writing(product, dtype), device)
-            return launchers[dtype]
+        def core(packed: Packed, x: Tensor, y: Tensor) -> None:
+            launch({**arrays_of(packed), "x": x, "out": y})
 
-        def core(packed: Packed, x: Tensor, out: Tensor) -> None:
-            given = {**arrays_of(packed), "x": aligned(x)}
-            if parts == 1:
-                launcher(out.dtype)({**given, "out": out})
-                return
-            partial = torch.empty(parts, *out.shape, dtype=torch.float32, device=out.device)
-            launcher(torch.float32)({**given, "out": partial})
-            out.copy_(partial.sum(dim=0))
-
-        return surround(core, problem)
+        return around.surround(core, problem, device, parts=parts, final=final)
 
     return compile
 
 
 def writing(program: Program, dtype: torch.dtype) -> Program:
     """The same program with an output of `dtype`."""
-    return program.replace(types={**program.types, "Out": _TYPES[dtype]})
-
-
-def aligned(x: Tensor) -> Tensor:
-    """`x` where 16-byte loads can read it: a view into another tensor may begin anywhere."""
-    return x if x.data_ptr() % 16 == 0 else x.clone()
+    return program.replace(types={**program.types, "Out": C_TYPES[dtype]})
 
 
 def arrays_of(packed: Packed) -> Mapping[str, Tensor]:
     """What a launch passes of the packed weight."""
-    names = ("codes", "books", "row_sets", "column_sets", "scales")
+    names = ("codes", "books", "row_sets", "column_sets", "scales", "y_scale", "bias")
     return {name: packed[name] for name in names if name in packed}

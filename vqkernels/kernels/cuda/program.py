@@ -9,16 +9,29 @@ from __future__ import annotations
 import ctypes
 import dataclasses
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from vqkernels.kernels.cuda import compiler
 from vqkernels.kernels.cuda.compiler import Compiled
 
-__all__ = ["Arguments", "Program"]
+__all__ = ["C_TYPES", "Arguments", "Program"]
 
 ENTRY = "vq_kernel"  # the function's name in every text
+
+C_TYPES = MappingProxyType(
+    {
+        torch.float32: "float",
+        torch.float16: "__half",
+        torch.bfloat16: "__nv_bfloat16",
+        torch.uint8: "vq::u8",
+        torch.uint16: "vq::u16",
+        torch.int32: "vq::u32",
+    }
+)
 
 
 class Arguments(ctypes.Structure):
@@ -30,6 +43,9 @@ class Arguments(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("scales", "out")),
         *((name, ctypes.c_int32) for name in ("m", "k", "width", "rows", "columns")),
         *((name, ctypes.c_int32) for name in ("words", "span")),
+        *((name, ctypes.c_void_p) for name in ("x_scale", "x_zero", "permutation", "rotation")),
+        *((name, ctypes.c_void_p) for name in ("side", "y_scale", "y_zero", "bias", "apart")),
+        *((name, ctypes.c_int32) for name in ("n", "spans", "sums")),
     )
 
 
@@ -42,6 +58,7 @@ class Program:
     shared_bytes: dynamic shared memory of a block. resident: the argument, if any, that the launch
     asks L2 to keep. cluster: blocks along x that run together, sm_90 on. dependent: the launch may
     begin before the one ahead of it has ended, and waits where it says so; sm_90 on.
+    asks L2 to keep. writes: the arguments that it writes, from the first element to the last.
     """
 
     kernel: str
@@ -54,6 +71,7 @@ class Program:
     resident: str = ""
     cluster: int = 1
     dependent: bool = False
+    writes: tuple[str, ...] = ("out",)
 
     def replace(self, **fields: Any) -> Program:
         """The same program with some fields exchanged."""

@@ -9,12 +9,13 @@ the filling. One replica is filled by the copy engine on sm_90, by cp.async befo
 from __future__ import annotations
 
 from vqkernels.device import Device
-from vqkernels.kernel import Footprint, Kernel
+from vqkernels.kernel import Footprint, Kernel, Packed
 from vqkernels.kernels import layout
 from vqkernels.kernels.cuda import product, sweep
 from vqkernels.kernels.cuda.program import Program
 from vqkernels.problem import Problem
 from vqkernels.space import Config, Constraint, Param, Space
+from vqkernels.tensor import QuantizedTensor
 
 SPACE = Space(
     params=(
@@ -83,6 +84,11 @@ def footprint(config: Config, problem: Problem, device: Device) -> Footprint:
     return product.footprint(config, problem, parts, shared_bytes(config, problem))
 
 
+def pack(tensor: QuantizedTensor, config: Config, problem: Problem) -> Packed:
+    """Every codebook set, equal or not: BOOK_ENTRIES counts them."""
+    return product.pack(tensor, config, problem, shared=False)
+
+
 def programs(config: Config, problem: Problem) -> tuple[Program, ...]:
     """One product, stage by stage."""
     constants = {
@@ -105,7 +111,7 @@ KERNEL = Kernel(
     supports=supports,
     default=default,
     footprint=footprint,
-    pack=product.pack,
+    pack=pack,
     compile=product.compiler(programs),
     programs=programs,
     about="codebooks in shared memory, replicated at will",

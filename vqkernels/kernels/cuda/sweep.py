@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from vqkernels.device import Device
 from vqkernels.kernels import layout
-from vqkernels.kernels.cuda import product
+from vqkernels.kernels.cuda import around, product
 from vqkernels.kernels.cuda.program import Program
 from vqkernels.parts import code_grid
 from vqkernels.problem import Problem
@@ -87,6 +87,7 @@ def program(
         types=product.types(problem, code_layout, spans),
         constants={
             **product.constants(problem, code_layout),
+            **around.store(problem, spans),
             "ROWS": rows,
             "TOKENS": tokens,
             **constants,

@@ -228,12 +228,6 @@ struct TableSpan {
     }
 };
 
-template <class T>
-VQ_INLINE void store_row(const Arguments<T>& a, int number, int token, int row, float sum) {
-    const i64 start = (i64(number) * a.m + token) * a.width;
-    global(a.out).store(start + row, from_float<typename T::Out>(sum));
-}
-
 // The warp's sums to `out`, or, in a cluster, to shared memory, where the blocks add them up.
 template <class T>
 VQ_INLINE void store_rows(const Arguments<T>& a, const BlockSums<T> (&sums)[T::BLOCKS],
@@ -253,7 +247,7 @@ VQ_INLINE void store_rows(const Arguments<T>& a, const BlockSums<T> (&sums)[T::B
             if constexpr (T::CLUSTER > 1) {
                 together.store(token * S::ROWS + row, sum);
             } else if (span.row + row < span.rows && span.token + token < a.m) {
-                store_row(a, span.number, span.token + token, span.row + row, sum);
+                store_sum<T>(a, span.number, span.token + token, span.row + row, 0, sum);
             }
         }
     }
@@ -274,7 +268,7 @@ VQ_INLINE void add_cluster(const Arguments<T>& a, const TableSpan<T>& span, Shar
         for (int rank = 0; rank < T::CLUSTER; rank++) sum += cluster_load(sums, i, rank);
         const int token = i / S::ROWS, row = span.row + i % S::ROWS;
         if (row < span.rows && span.token + token < a.m) {
-            store_row(a, 0, span.token + token, row, sum);
+            store_sum<T>(a, 0, span.token + token, row, 0, sum);
         }
     }
     cluster_sync();  // others may still read this block's sums

@@ -21,10 +21,17 @@ from torch.nn import functional
 
 from vqkernels.device import Device
 from vqkernels.kernel import Footprint, Kernel, Packed, Run
-from vqkernels.kernels.cuda import product
+from vqkernels.kernels.cuda import around, product
 from vqkernels.kernels.cuda import table_shape as shape
 from vqkernels.kernels.cuda.program import Program
-from vqkernels.kernels.linear import core_shape, pack_books, pack_sets, pack_sides, sides_bytes
+from vqkernels.kernels.linear import (
+    core_shape,
+    pack_books,
+    pack_sets,
+    pack_sides,
+    share_books,
+    sides_bytes,
+)
 from vqkernels.parts import code_grid
 from vqkernels.problem import Problem
 from vqkernels.space import Config, Constraint, Param, Space
@@ -157,8 +164,8 @@ def footprint(config: Config, problem: Problem, device: Device) -> Footprint:
     weight = shape.codes_bytes(config, problem) + sides_bytes(problem) + books
     weight += 4 * (rows + columns + 1)
     spans = 1 if shape.clustered(config) else shape.parts(config, problem)[0]
-    width_x, width_y = core_shape(spec, problem.n, problem.k)
-    workspace = 4 * m * (2 * width_x + (2 + (spans if spans > 1 else 0)) * width_y)
+    width_x, _ = core_shape(spec, problem.n, problem.k)
+    workspace = around.workspace_bytes(problem, spans)
     builds = 2 * m * shape.row_tiles(config, problem) * width_x * sum(spec.stages)
     flops = builds + m * rows * columns * len(spec.stages)
     return Footprint(weight, workspace, flops, shape.shared_bytes(config, problem))
@@ -199,7 +206,7 @@ def pack_codes(codes: Tensor, config: Config, problem: Problem) -> Tensor:
 
 def pack(tensor: QuantizedTensor, config: Config, problem: Problem) -> Packed:
     """Codes, entries divided by a power of two so that no L1 norm exceeds 8, and that power."""
-    books = pack_books(tensor)
+    books, sets = share_books(tensor.spec, pack_books(tensor), pack_sets(tensor))
     norm = float(books.abs().sum(dim=2).max())
     # within what fp32 holds both ways
     power = 2.0 ** min(max(math.frexp(norm)[1] - 3, -120), 120)
@@ -208,8 +215,9 @@ def pack(tensor: QuantizedTensor, config: Config, problem: Problem) -> Packed:
         "books": (books / power).half(),
         "scales": torch.tensor([power], dtype=torch.float32),
     }
-    sets = {name: values.int() for name, values in pack_sets(tensor).items()}
-    return Packed(arrays | sets | pack_sides(tensor))
+    numbers = {name: values.int() for name, values in sets.items()}
+    sides = {k: one for k, one in pack_sides(tensor).items() if not k.endswith("_cells")}
+    return Packed(arrays | numbers | sides)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -243,7 +251,11 @@ def programs(config: Config, problem: Problem) -> tuple[Program, ...]:
         Program(
             kernel="table",
             types=types | {"Entry": "__half"},
-            constants={**product.constants(problem, "planes"), **constants},
+            constants={
+                **product.constants(problem, "planes"),
+                **around.store(problem, 1 if cluster > 1 else spans),
+                **constants,
+            },
             numbers=product.numbers(problem, "planes", span),
             grid=(tiles * cluster, passes, 1 if cluster > 1 else spans),
             threads=shape.WARP * config.number("warps"),

@@ -7,6 +7,7 @@
 //     X, Entry, Code, Out   types of x, codebooks, codes and the output
 //     STAGES, LENGTH, ALONG_IN, LAYOUT, ROW_SETS, COLUMN_SETS
 //     entries(stage), bits(stage)   entries and stored bits of a stage's codes
+//     FINAL                 whether sums are stored as y itself; then also CELL_STRIDE, Y_SCALE, BIAS
 //
 // and what the kernel at hand names beside these.
 #pragma once
@@ -24,6 +25,9 @@ enum class Layout {
     words,    // [stages, rows, words]: planes, each row padded to 16 bytes
 };
 
+// What a value of y is scaled or shifted by: nothing, one number, or one for each output feature.
+enum class Along { none, tensor, row };
+
 // One struct for all kernels, so that a launch fills one buffer; what a kernel doesn't read is null.
 template <class T>
 struct Arguments {
@@ -38,6 +42,17 @@ struct Arguments {
     int rows, columns;  // of codes
     int words;          // 32-bit words of a packed row
     int span;           // columns of codes that one span walks
+    // what surrounds a product: prologue.cuh, epilogue.cuh and, where FINAL, the product's own store
+    const float* x_scale;    // [k]
+    const float* x_zero;     // [k]
+    const int* permutation;  // [k]: the input of each stored column
+    const float* rotation;   // [ROTATION, ROTATION], transposed
+    const float* side;       // [SIDE, n]: the side columns' weights
+    const float* y_scale;    // [n], or one
+    const float* y_zero;     // [n], or one
+    const float* bias;       // [n]
+    float* apart;            // [m, SIDE + sums]: x of the side columns, parts of the sum over x
+    int n, spans, sums;
 };
 
 // Entries before `stage` in a codebook set; of all stages: the size of a set.
@@ -123,6 +138,56 @@ VQ_INLINE void decode(float (&sum)[T::LENGTH], const Arguments<T>& a, int row, i
         source.load(entry, first, stage, load_code<T>(a, row, column, stage));
 #pragma unroll
         for (int e = 0; e < T::LENGTH; e++) sum[e] = stage == 0 ? entry[e] : sum[e] + entry[e];
+    }
+}
+
+// Feature that an element of whole cells stands for, padding from the last feature on; its inverse.
+template <class T>
+VQ_INLINE int cell_feature(int position) {
+    const int cell = position / T::LENGTH, element = position % T::LENGTH;
+    return (cell / T::CELL_STRIDE * T::LENGTH + element) * T::CELL_STRIDE + cell % T::CELL_STRIDE;
+}
+template <class T>
+VQ_INLINE int cell_position(int feature) {
+    constexpr int BLOCK = T::LENGTH * T::CELL_STRIDE;
+    const int block = feature / BLOCK, inside = feature % BLOCK;
+    return (block * T::CELL_STRIDE + inside % T::CELL_STRIDE) * T::LENGTH + inside / T::CELL_STRIDE;
+}
+
+template <Along ALONG>
+VQ_INLINE float of_feature(const float* values, int feature) {
+    static_assert(ALONG != Along::none, "there are values");
+    return global(values).load(ALONG == Along::row ? feature : 0);
+}
+template <class T>
+VQ_INLINE float scaled(const Arguments<T>& a, float value, int feature) {
+    if constexpr (T::Y_SCALE == Along::none) {
+        return value;
+    } else {
+        return value * of_feature<T::Y_SCALE>(a.y_scale, feature);
+    }
+}
+template <class T>
+VQ_INLINE float biased(const Arguments<T>& a, float value, int feature) {
+    return T::BIAS ? value + global(a.bias).load(feature) : value;
+}
+
+// Stores the sum of `element` of a row of codes over span `number`: as y where FINAL, else as a part
+// of it in cell order.
+template <class T>
+VQ_INLINE void store_sum(const Arguments<T>& a, int number, int token, int row, int element,
+                         float sum) {
+    constexpr int OUTPUTS = T::ALONG_IN ? 1 : T::LENGTH;
+    const auto out = global(a.out);
+    const int position = row * OUTPUTS + element;
+    if constexpr (T::FINAL) {
+        const int feature = T::ALONG_IN ? position : cell_feature<T>(position);
+        if (feature >= a.n) return;
+        const float y = biased<T>(a, scaled<T>(a, sum, feature), feature);
+        out.store(i64(token) * a.n + feature, from_float<typename T::Out>(y));
+    } else {
+        const i64 start = (i64(number) * a.m + token) * a.width;
+        out.store(start + position, from_float<typename T::Out>(sum));
     }
 }
 

@@ -136,7 +136,6 @@ VQ_INLINE void add_cell(float (&sums)[T::TOKENS][OUTPUTS], const LaneCodes<T>& c
 template <class T, int OUTPUTS>
 VQ_INLINE void store_sums(float (&sums)[T::ROWS][T::TOKENS][OUTPUTS], const Arguments<T>& a, int row,
                           int token, int number) {
-    const auto out = global(a.out);
 #pragma unroll
     for (int r = 0; r < T::ROWS; r++) {
 #pragma unroll
@@ -148,8 +147,7 @@ VQ_INLINE void store_sums(float (&sums)[T::ROWS][T::TOKENS][OUTPUTS], const Argu
                 for (int lanes = WARP / 2; lanes > 0; lanes /= 2) sum += shuffle_xor(sum, lanes);
                 const int owner = ((r * T::TOKENS + t) * OUTPUTS + e) % WARP;
                 if (lane_id() == owner && row + r < a.rows && token + t < a.m) {
-                    const i64 start = (i64(number) * a.m + token + t) * a.width;
-                    out.store(start + i64(row + r) * OUTPUTS + e, from_float<typename T::Out>(sum));
+                    store_sum<T>(a, number, token + t, row + r, e, sum);
                 }
             }
         }
