@@ -30,7 +30,7 @@ from vqkernels.testing import prepare
 
 pytest.importorskip("cuda.bindings", reason="CUDA's bindings are not installed")
 
-from vqkernels.kernels.cuda import compiler, product, table, table_shape
+from vqkernels.kernels.cuda import around, compiler, product, table, table_shape
 from vqkernels.kernels.cuda.program import Program
 
 KERNEL = registry()["cuda/table"]
@@ -97,7 +97,8 @@ def launched(
 
         return launch
 
-    monkeypatch.setattr(product, "Launcher", launcher)
+    for module in (product, around):
+        monkeypatch.setattr(module, "Launcher", launcher)
     tensor = random_tensor(trial.spec, trial.n, trial.k, seed=1, fit=False)
     run, packed = prepare(KERNEL, trial.problem, trial.device, tensor, trial.chosen)
     out = torch.full((trial.m, trial.n), float("nan"), dtype=x.dtype)
@@ -279,7 +280,7 @@ def test_lookups_are_lean_everywhere(arch: str, m: int, side: int) -> None:
 @pytest.mark.parametrize("trial", [CLUSTERED, PAIRED, FOURFOLD], ids=["m1", "m2", "m3"])
 def test_no_bank_conflicts(trial: Trial, programs, monkeypatch) -> None:
     """Neither lookups nor the tensor cores' build ever meet in a bank."""
-    _, _, (report,) = launched(trial, trial.inputs(), monkeypatch, counting=True)
+    _, _, (report, *_) = launched(trial, trial.inputs(), monkeypatch, counting=True)
     lookups = [s for s in report.sites if s.kind == "shared_load" and "words" in s.file]
     builds = [s for s in report.sites if s.kind == "shared_store" and "build" in s.file]
     width = 8 if trial.config.get("tokens") == 4 else 4
@@ -292,7 +293,7 @@ def test_no_bank_conflicts(trial: Trial, programs, monkeypatch) -> None:
 def test_codes_are_read_once_each(programs, monkeypatch) -> None:
     """Whole sectors; through registers, a warp reads one unit more than there are."""
     for trial in (CLUSTERED, PAIRED):
-        _, _, (report,) = launched(trial, trial.inputs(), monkeypatch, counting=True)
+        _, _, (report, *_) = launched(trial, trial.inputs(), monkeypatch, counting=True)
         read = [s for s in report.sites if s.file.endswith("table.cuh") and "global" in s.kind]
         codes = [s for s in read if s.kind == "global_bulk_copy" or s.width == 16]
         blocks, spans = trial.chosen.number("blocks"), trial.chosen.number("splits")
