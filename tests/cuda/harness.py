@@ -215,6 +215,7 @@ def run_program(
         tensors,
         grid=program.grid,
         threads=program.threads,
+        cluster=program.cluster,
         shared_bytes=program.shared_bytes,
         **{"writable": program.writes, **options},
     )

@@ -106,6 +106,19 @@ struct Shared {
 
 inline Shared<u8> shared_memory() { return {static_cast<u8*>(harness::shared_base())}; }
 
+struct SharedWindow {
+    static u32 origin() { return 0; }
+    template <class V>
+    static V load(u32 offset, VQ_AT) {
+        const auto at = static_cast<const u8*>(harness::shared_base()) + offset;
+        return detail::read<V>(harness::shared_load(at, sizeof(V), called));
+    }
+};
+
+// Brings nothing that can be seen: a kernel may ask for what isn't there.
+template <class T>
+void prefetch_l2(Global<const T> from, i64 i) {}
+
 template <class T>
 void atomic_add(Global<T> to, i64 i, T value, VQ_AT) {
     void* at = harness::global_atomic(to.at, to.at + i, sizeof(T), called);
@@ -155,6 +168,10 @@ inline u32 ballot(bool vote, VQ_AT) {
     return out;
 }
 
+// One launch at a time: the earlier ones have ended.
+inline void wait_for_earlier_launches() {}
+inline void let_next_launch_begin() {}
+
 // ------------------------------------------------------------------------------------------ bits
 
 inline u32 permute_bytes(u32 low, u32 high, u32 selector) {
@@ -182,6 +199,11 @@ inline u32 add_halves(u32 left, u32 right) {
     return sums;
 }
 
+inline u32 kept(u32 value) { return value; }
+
+inline u32 as_bits(float value) { return detail::read<u32>(&value); }
+inline float as_float(u32 bits) { return detail::read<float>(&bits); }
+
 inline float to_float(float value) { return value; }
 inline float to_float(__half value) { return harness::half_to_float(value.bits); }
 inline float to_float(__nv_bfloat16 value) { return harness::bfloat16_to_float(value.bits); }
@@ -193,6 +215,13 @@ template <> inline __half from_float<__half>(float value) {
 }
 template <> inline __nv_bfloat16 from_float<__nv_bfloat16>(float value) {
     return {harness::float_to_bfloat16(value)};
+}
+inline u32 pack_halves(float low, float high) {
+    return u32(harness::float_to_half(high)) << 16 | harness::float_to_half(low);
+}
+inline Pack<float, 2> unpack_halves(u32 word) {
+    return {harness::half_to_float(std::uint16_t(word)),
+            harness::half_to_float(std::uint16_t(word >> 16))};
 }
 
 // --------------------------------------------------------------------------- asynchronous copies

@@ -47,6 +47,7 @@ class Launcher:
         self._address = ctypes.addressof(self._list)
         self._function: Any = None
         self._config: Any = None
+        self._attributes: list[Any] = []  # what every launch of the program asks
 
     def __call__(self, tensors: Mapping[str, Tensor]) -> None:
         """Launch on the current stream of the device; returns before the kernel has run."""
@@ -81,6 +82,8 @@ class Launcher:
         config.blockDimX, config.blockDimY, config.blockDimZ = program.threads, 1, 1
         config.sharedMemBytes = program.shared_bytes
         self._config = config
+        self._attributes = _attributes(program)
+        config.attrs, config.numAttrs = self._attributes, len(self._attributes)
         self._function = _function(self._code, self._device.index, program.shared_bytes)
 
     def _keep_in_l2(self, tensor: Tensor) -> None:
@@ -93,7 +96,25 @@ class Launcher:
         window.base_ptr, window.num_bytes, window.hitRatio = tensor.data_ptr(), nbytes, 1.0
         window.hitProp = driver.CUaccessProperty.CU_ACCESS_PROPERTY_PERSISTING
         window.missProp = driver.CUaccessProperty.CU_ACCESS_PROPERTY_STREAMING
-        self._config.attrs, self._config.numAttrs = [attribute], 1
+        asked = [*self._attributes, attribute]
+        self._config.attrs, self._config.numAttrs = asked, len(asked)
+
+
+def _attributes(program: Program) -> list[Any]:
+    """Of a launch: the size of its clusters, and whether it may begin early."""
+    names, found = driver.CUlaunchAttributeID, []
+    if program.cluster > 1:
+        attribute = driver.CUlaunchAttribute()
+        attribute.id = names.CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
+        size = attribute.value.clusterDim
+        size.x, size.y, size.z = program.cluster, 1, 1
+        found.append(attribute)
+    if program.dependent:
+        attribute = driver.CUlaunchAttribute()
+        attribute.id = names.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+        attribute.value.programmaticStreamSerializationAllowed = 1
+        found.append(attribute)
+    return found
 
 
 @functools.cache

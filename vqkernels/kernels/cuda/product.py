@@ -21,6 +21,7 @@ from vqkernels.tensor import QuantizedTensor
 
 __all__ = [
     "Compile",
+    "arch",
     "book_entries",
     "compiler",
     "constants",
@@ -43,11 +44,16 @@ MOST_STAGES = 4
 MOST_TOKENS = 65_535  # blocks along y, on every architecture
 
 
+def arch(device: Device) -> int:
+    """Its compute capability, 90 for `sm_90`."""
+    return int(device.arch.removeprefix("sm_"))
+
+
 def unsupported(problem: Problem, device: Device) -> str | None:
     """The sentence that rules out what no CUDA kernel takes, or None."""
     if device.kind != "cuda":
         return f"CUDA kernels run on a GPU, not on {device.name}"
-    if int(device.arch.removeprefix("sm_")) < 80:
+    if arch(device) < 80:
         return f"{device.name} is {device.arch}: the CUDA kernels need sm_80 or newer"
     if problem.spec.vector_length > LONGEST:
         return f"vectors of {problem.spec.vector_length}: the CUDA kernels hold up to {LONGEST}"

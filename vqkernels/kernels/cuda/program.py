@@ -56,6 +56,8 @@ class Program:
     types: X, Entry, Code, Out in C++. constants: int and bool constants, enumerators, and tuples,
     which become functions of a stage. numbers: fields of Arguments that a problem fixes.
     shared_bytes: dynamic shared memory of a block. resident: the argument, if any, that the launch
+    asks L2 to keep. cluster: blocks along x that run together, sm_90 on. dependent: the launch may
+    begin before the one ahead of it has ended, and waits where it says so; sm_90 on.
     asks L2 to keep. writes: the arguments that it writes, from the first element to the last.
     """
 
@@ -67,6 +69,8 @@ class Program:
     threads: int
     shared_bytes: int = 0
     resident: str = ""
+    cluster: int = 1
+    dependent: bool = False
     writes: tuple[str, ...] = ("out",)
 
     def replace(self, **fields: Any) -> Program:

@@ -66,7 +66,16 @@ class FakeDriver:
         self.before_launch()
         struct = ctypes.cast(address, ctypes.POINTER(ctypes.c_void_p))[0]
         arguments = Arguments.from_buffer_copy(ctypes.string_at(struct, ctypes.sizeof(Arguments)))
-        window = config.attrs[0].value.accessPolicyWindow if config.numAttrs else None
+        names = bindings.CUlaunchAttributeID
+        given = {attribute.id: attribute.value for attribute in config.attrs[: config.numAttrs]}
+        window, cluster = (
+            getattr(given.get(name), field, None)
+            for name, field in (
+                (names.CU_LAUNCH_ATTRIBUTE_ACCESS_POLICY_WINDOW, "accessPolicyWindow"),
+                (names.CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION, "clusterDim"),
+            )
+        )
+        early = given.get(names.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION)
         self.launches.append(
             {
                 "arguments": arguments,
@@ -75,6 +84,8 @@ class FakeDriver:
                 "shared": config.sharedMemBytes,
                 "stream": int(config.hStream),
                 "function": int(function),
+                "cluster": cluster and (cluster.x, cluster.y, cluster.z),
+                "early": early and early.programmaticStreamSerializationAllowed,
                 "window": window and (window.base_ptr, window.num_bytes, window.hitRatio),
             }
         )

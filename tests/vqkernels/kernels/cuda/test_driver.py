@@ -94,6 +94,17 @@ def test_books_that_l2_shall_keep(fake: FakeDriver) -> None:
     assert len(fake.limits) == 1, "room that is there is not asked for again"
 
 
+def test_clusters_and_early_launches_are_asked_for(fake: FakeDriver) -> None:
+    given = tensors() | {"scales": torch.ones(1)}
+    launcher("cuda/table", split="cluster", splits=2, dependent=True)(given)
+    launcher("cuda/table", split="workspace", splits=1, dependent=False)(given)
+    both, neither = fake.launches
+    assert (both["cluster"], both["early"]) == ((2, 1, 1), 1)
+    assert both["grid"][0] % 2 == 0
+    assert (neither["cluster"], neither["early"]) == (None, None)
+    assert both["arguments"].scales == given["scales"].data_ptr()
+
+
 def test_a_refused_launch(fake: FakeDriver) -> None:
     fake.refusal = bindings.CUresult.CUDA_ERROR_INVALID_VALUE
     with pytest.raises(BackendError, match=r"cuda/fused_rq: .*INVALID_VALUE; a grid of .*threads"):

@@ -230,16 +230,23 @@ def passes(kernel: str) -> int:
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_core(kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
     passed = run_all(core(kernel), monkeypatch)
-    assert passed[kernel] == passes(kernel) > 30
+    # table takes byte codes along k and 16-bit activations alone
+    assert passed[kernel] == passes(kernel) > (25 if kernel == "cuda/table" else 30)
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_core_of_the_whole_space(kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert run_all(list(sampled(kernel, 40)), monkeypatch)[kernel] == 40
+    count = 15 if kernel == "cuda/table" else 40  # its text takes g++ three times as long
+    assert run_all(list(sampled(kernel, count)), monkeypatch)[kernel] == count
+
+
+LAID_OUT = [
+    name for name, one in KERNELS.items() if any(p.name == "layout" for p in one.space.params)
+]
 
 
 @pytest.mark.sweep
-@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("kernel", LAID_OUT)
 def test_every_layout(kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
     trials = layouts(kernel)
     assert run_all(trials, monkeypatch)[kernel] == len(trials)

@@ -154,6 +154,38 @@ VQ_INLINE Shared<u8> shared_memory() {
     return {vq_shared_memory};
 }
 
+// Dynamic shared memory where each lane reads at an offset of its own, computed in one instruction:
+// the constant part of the address is the load's immediate, the block's rank in its cluster is part of
+// `origin()`, which the offset includes. Loads name no pointer that a compiler would add.
+struct SharedWindow {
+    // Where dynamic shared memory begins in a kernel that has no static: behind what the system keeps.
+#if VQ_HAS_BULK_COPIES
+    static constexpr u32 BEGIN = 1024;
+#else
+    static constexpr u32 BEGIN = 0;
+#endif
+
+    // The address of dynamic shared memory less BEGIN: its lower 24 bits are zero, or the launch fails.
+    VQ_INLINE static u32 origin() {
+        const u32 address = detail::shared_address(shared_memory().at) - BEGIN;
+        if (address & 0xffffffu) __trap();
+        return address;
+    }
+    template <class V>
+    VQ_INLINE static V load(u32 offset) {
+        using W = typename detail::Word<sizeof(V)>::type;
+        const W word = *static_cast<const W*>(__cvta_shared_to_generic(offset + BEGIN));
+        return detail::bits_as<V>(word);
+    }
+};
+
+// Ask that the 128 bytes around an element come to L2. L2 is where all of the device's writes meet,
+// so unlike a load this is right also while another launch writes there.
+template <class T>
+VQ_INLINE void prefetch_l2(Global<const T> from, i64 i) {
+    asm volatile("prefetch.global.L2 [%0];" ::"l"(from.at + i));
+}
+
 template <class T>
 VQ_INLINE void atomic_add(Global<T> to, i64 i, T value) {
     atomicAdd(to.at + i, value);
@@ -182,6 +214,20 @@ VQ_INLINE T shuffle(T value, int lane) {
 }
 VQ_INLINE u32 ballot(bool vote) { return __ballot_sync(ALL_LANES, vote); }
 
+// Of a launch that may begin before the one ahead of it in the stream has ended; on sm_90 and later.
+// Until this returns, nothing that an earlier launch writes may be read, nor what it reads written.
+VQ_INLINE void wait_for_earlier_launches() {
+#if VQ_HAS_BULK_COPIES
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+// The next launch may begin, as far as it doesn't wait for this one.
+VQ_INLINE void let_next_launch_begin() {
+#if VQ_HAS_BULK_COPIES
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
 // ------------------------------------------------------------------------------------------ bits
 
 // Byte i of the result is byte (selector >> 4i) & 7 of `high:low`, or its sign bit eight times where
@@ -200,6 +246,15 @@ VQ_INLINE u32 add_halves(u32 left, u32 right) {
         __hadd2(detail::bits_as<__half2>(left), detail::bits_as<__half2>(right)));
 }
 
+// The same value, which stays in a register: a compiler that could compute it again would.
+VQ_INLINE u32 kept(u32 value) {
+    asm volatile("" : "+r"(value));
+    return value;
+}
+
+VQ_INLINE u32 as_bits(float value) { return __float_as_uint(value); }
+VQ_INLINE float as_float(u32 bits) { return __uint_as_float(bits); }
+
 VQ_INLINE float to_float(float value) { return value; }
 VQ_INLINE float to_float(__half value) { return __half2float(value); }
 VQ_INLINE float to_float(__nv_bfloat16 value) { return __bfloat162float(value); }
@@ -209,6 +264,14 @@ template <> VQ_INLINE float from_float<float>(float value) { return value; }
 template <> VQ_INLINE __half from_float<__half>(float value) { return __float2half_rn(value); }
 template <> VQ_INLINE __nv_bfloat16 from_float<__nv_bfloat16>(float value) {
     return __float2bfloat16_rn(value);
+}
+// Two fp16 values in a word, `low` in the low half; one instruction.
+VQ_INLINE u32 pack_halves(float low, float high) {
+    return detail::bits_as<u32>(__floats2half2_rn(low, high));
+}
+VQ_INLINE Pack<float, 2> unpack_halves(u32 word) {
+    const float2 both = __half22float2(detail::bits_as<__half2>(word));
+    return {both.x, both.y};
 }
 
 // --------------------------------------------------------------------------- asynchronous copies

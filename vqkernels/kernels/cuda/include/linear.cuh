@@ -36,7 +36,7 @@ struct Arguments {
     const typename T::Entry* books;  // [sets, all entries, LENGTH]
     const int* row_sets;             // [rows], where ROW_SETS
     const int* column_sets;          // [columns], where COLUMN_SETS
-    const float* scales;             // [sets, stages], of int8 entries
+    const float* scales;             // of entries: [sets, stages] of int8 ones, or a kernel's own
     typename T::Out* out;            // [spans, m, width]
     int m, k, width;
     int rows, columns;  // of codes
