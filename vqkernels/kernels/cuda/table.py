@@ -3,7 +3,7 @@
 Where a gather of a whole entry moves 16 bytes of shared memory a code (8 weights in fp16) and meets
 others in the banks, a looked-up word is 4 bytes for 1 or 2 tokens and 8 for 4, and no two lanes
 ever meet; tensor cores add the words up. Words are fp16: x is scaled to their range by a power of
-two a token, entries by one that `scales` holds. More than `tokens` tokens are passes over the codes.
+two a token, entries by one that `scales` holds. More than `tokens` tokens are passes over codes.
 
 A block holds `32 * blocks * warps` rows and builds the tables for them alone: more rows a block are
 fewer builds, more splits of k more blocks. A GPU before sm_90 takes `split=cluster` for workspace,
