@@ -177,13 +177,16 @@ template <class T, class Codes>
 VQ_INLINE void look_up(BlockSums<T> (&sums)[T::BLOCKS], Codes& codes, u32 first, Routes<T>& routes,
                        int count) {
     using S = TableShape<T>;
-    // one block a warp: two stages a turn, so that the loop itself is a small part
+    // one block a warp: two stages a turn, so that turning is a small part
     constexpr int TURNS = T::BLOCKS == 1 ? 2 : 1;
+    constexpr bool EVEN = S::AT_ONCE <= 2 || S::A_REGION == 1;  // tables at equal distances
+    constexpr int STEP = S::A_REGION == 1 ? REGION_BYTES : 128;
 #pragma unroll 1
     for (int half = 0; half < S::HALVES; half++) {
+        u32 place = first;
 #pragma unroll TURNS
         for (int stage = 0; stage < count; stage++) {
-            const u32 place = first + table_place<T>(stage, 0);
+            if constexpr (!EVEN) place = first + table_place<T>(stage, 0);
             codes.begin();
 #pragma unroll
             for (int block = 0; block < T::BLOCKS; block++) {
@@ -193,6 +196,7 @@ VQ_INLINE void look_up(BlockSums<T> (&sums)[T::BLOCKS], Codes& codes, u32 first,
                 codes.used(block, 1);
             }
             codes.end();
+            if constexpr (EVEN) place += u32(STEP);
         }
         if constexpr (S::HALVES == 2) routes.turn();
     }

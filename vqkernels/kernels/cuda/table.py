@@ -87,12 +87,11 @@ def supports(problem: Problem, device: Device) -> str | None:
 
 
 def default(problem: Problem, device: Device) -> Config:
-    """The least time by a count of cycles: builds, lookups, and blocks that wait for others."""
-    tokens = min(4, 1 << (problem.m - 1).bit_length())
+    """The least time by a count of clocks: builds, lookups, and what adds up spans."""
     hopper = product.arch(device) >= 90
     base = Config(
-        tokens=tokens,
-        warps=16,
+        tokens=min(4, 1 << (problem.m - 1).bit_length()),
+        warps=8,
         blocks=1,
         build="mma",
         regions=1,
@@ -102,27 +101,28 @@ def default(problem: Problem, device: Device) -> Config:
         ahead=4,
         dependent=hopper,
     )
-    best = min(_candidates(base, problem, device), key=lambda one: cycles(one, problem, device))
-    if best.number("blocks") == 4:
-        best = best.replace(ahead=0)  # 4 KB a warp are on their way as it is
-    if hopper and 2 <= best.number("splits") <= 8:
-        best = best.replace(split="cluster")
-    return best
+    best = min(_candidates(base, problem, device), key=lambda one: clocks(one, problem, device))
+    # 4 blocks a warp are 4 KB of codes on their way as it is
+    return best.replace(ahead=0) if best.number("blocks") == 4 else best
 
 
 def _candidates(base: Config, problem: Problem, device: Device) -> list[Config]:
     """Sizes and splits within the rules, registers and a block's shared memory; always one."""
     room = device.shared_bytes or 96 << 10
+    splits: dict[str, tuple[int, ...]] = {"workspace": (1, 2, 4, 8, 16)}
+    if product.arch(device) >= 90:
+        splits = {"workspace": (1, 16), "cluster": (2, 4, 8)}
     found = [
-        base.replace(warps=warps, blocks=blocks, regions=regions, splits=splits)
+        base.replace(warps=warps, blocks=blocks, regions=regions, split=split, splits=count)
         for warps in (8, 14, 16)
         for blocks in (1, 2, 4)
         for regions in (1, 2, 3)
-        for splits in (1, 2, 4, 8, 16)
+        for split, counts in splits.items()
+        for count in counts
         if base.number("tokens") * blocks <= (8 if warps == 8 else _many_warps_sums(problem))
     ]
     fitting = [one for one in found if shape.shared_bytes(one, problem) <= room]
-    return fitting or [base.replace(warps=8)]
+    return fitting or [base]
 
 
 def _many_warps_sums(problem: Problem) -> int:
@@ -131,7 +131,7 @@ def _many_warps_sums(problem: Problem) -> int:
     return 2 if spec.vector_length <= 8 and spec.subspaces == 1 else 0
 
 
-def cycles(config: Config, problem: Problem, device: Device) -> float:
+def clocks(config: Config, problem: Problem, device: Device) -> float:
     """A multiprocessor's clocks for a call, roughly: what the default is chosen by."""
     spec, tokens = problem.spec, config.number("tokens")
     spans, span = shape.parts(config, problem)
@@ -142,9 +142,11 @@ def cycles(config: Config, problem: Problem, device: Device) -> float:
     build = sum(spec.stages) / 16 * 17 * words * -(-spec.vector_length // 8)
     passes = -(-stages // shape.stages_at_once(config, problem))
     blocks = shape.row_tiles(config, problem) * -(-problem.m // tokens) * spans
-    # barriers of a tile, a block's beginning and end, and what adding up spans costs
+    # barriers of a tile; a block's beginning and end
     a_block = tiles * (lookups + build + 800 * passes) + 3000
-    return -(-blocks // device.units) * a_block + 1000 * math.log2(spans)
+    # a cluster's exchange, or two launches of torch's
+    together = 0 if spans == 1 else 1500 if shape.clustered(config) else 8000
+    return -(-blocks // device.units) * a_block + together
 
 
 def footprint(config: Config, problem: Problem, device: Device) -> Footprint:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import re
+import subprocess
+import tempfile
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,8 +13,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from autotune import cubin, sass
 from autotune.cubin import read_cubin
 from autotune.inspection import ARCHS
+from autotune.sass import Instruction
 from tests.cuda import harness
 from vqkernels import oracle
 from vqkernels.device import Device, detect_cpu
@@ -220,20 +225,38 @@ def test_zeros(programs, monkeypatch) -> None:
 # machine code
 
 
+# A lookup's address: a byte of codes between bytes of the lane's place.
+LOOKUP = re.compile(r"0x76[0-3]4\b")
+
+
+def looking_up(code: list[Instruction]) -> list[Instruction]:
+    """The loop that looks words up, or, where no loop is left of it, the stretch that does."""
+    loop = sass.hot_loop(code)
+    if any(LOOKUP.search(one.operands) for one in loop):
+        return [one for one in loop if one.guard not in ("!PT", "!UPT")]
+    at = [i for i, one in enumerate(code) if LOOKUP.search(one.operands)]
+    sums = [i for i, one in enumerate(code) if re.match(r"HMMA.*\.F32", one.opcode)]
+    return code[min(at) : max(sums) + 1]
+
+
 def lean(arch: str, m: int, format: str = "aqlm-2x8", side: int = 4096) -> None:
     """The default for an architecture: no spills, and few instructions around each lookup."""
     pytest.importorskip("triton", reason="Triton's wheel carries nvdisasm")
     device = ARCHS[arch.removesuffix("a")]
     problem = Problem(m=m, n=side, k=side, spec=parse_format(format), dtype="float16")
     (program,) = table.programs(table.default(problem, device), problem)
-    code = read_cubin(compiler.compile_text(program.text(), arch.removeprefix("sm_")).cubin)
-    assert code.spill_bytes == 0
-    if m > 2:
-        return
-    words = code.loop.shared_loads[4]
-    assert words >= 64, "the hot loop is the lookups'"
-    assert sum(code.loop.tensor.values()) == words / 4
-    assert code.loop.instructions <= 2.7 * words
+    image = compiler.compile_text(program.text(), arch.removeprefix("sm_")).cubin
+    assert read_cubin(image).spill_bytes == 0
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(image)
+        file.flush()
+        command = [cubin.tool("nvdisasm"), "--print-code", "--no-dataflow", file.name]
+        listing = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    found = looking_up(sass.functions(listing)["vq_kernel"])
+    words = sum(LOOKUP.search(one.operands) is not None for one in found)
+    assert words >= 32
+    assert sum(one.name == "HMMA" for one in found) == words / (2 if m > 2 else 4)
+    assert len(found) <= (3.0 if m > 2 else 2.7) * words
 
 
 @pytest.mark.parametrize(("arch", "m"), [("sm_80", 1), ("sm_90a", 1), ("sm_90a", 2)])
