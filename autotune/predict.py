@@ -3,7 +3,8 @@
 Of each launch, every resource takes what it has to do over its rate, and the slowest decides; the
 launches of a call follow one another, each with a fixed cost. Multiprocessors work by whole blocks,
 so what they do themselves (issue, L1 and shared memory, tensor cores) takes as long as the busiest
-one does, and what waits (latency) takes a turn for every wave of blocks.
+one does. Latency is what one warp after another in the same place takes: its waits, and its own
+work between them, which few warps don't hide.
 """
 
 from __future__ import annotations
@@ -35,9 +36,10 @@ __all__ = [
 
 RESOURCES = ("hbm", "l2", "shared", "issue", "tensor", "latency")
 
-# The share of a peak that good code reaches. HBM: gpu-benches reads at 0.90 (A100) to 0.97 (H100
-# PCIe, L40) of the data sheet's rate. The others are assumed, for no GPU has run the kernels; the
-# L2's, because its rate is of whole lines and a gather asks for single sectors.
+# The share of a peak that good code reaches. HBM: gpu-benches reads what no L2 holds at 0.81 (H200),
+# 0.85 to 0.92 (A100), 0.97 (H100 PCIe) and 0.98 (L40) of the data sheet's rate. The others are
+# assumed, for no GPU has run the kernels; the L2's, because its rate is of whole lines and a gather
+# asks for single sectors.
 _REACHED = {"hbm": 0.9, "l2": 0.7, "shared": 0.9, "issue": 0.8, "tensor": 0.75}
 
 # A space of up to this many is predicted whole, 0.3 ms a config; of a larger one as many at random,
@@ -97,6 +99,7 @@ def best_configs(
 ) -> list[tuple[Config, Prediction]]:
     """The `count` configs that are predicted to be fastest, of those that were looked at.
 
+    Of configs that the prediction can't tell apart, one; the default is among what is looked at.
     The same ones on every run. Raises BackendError where nothing can be predicted.
     """
     if reason := predictable(kernel, device):
@@ -107,13 +110,16 @@ def best_configs(
         return _seconds(kernel, candidates[index], problem, device)
 
     looked = set(candidates.sample(np.random.default_rng(0), _WHOLE).tolist())
+    if (default := kernel.default(problem, device)) in candidates:
+        looked.add(candidates.index(default))
     if len(candidates) > _WHOLE:
         for start in sorted(looked, key=lambda at: (seconds(at), at))[:_CLIMBS]:
             looked |= _climb(start, seconds, candidates)
-    fastest = sorted(
-        (at for at in looked if seconds(at) < math.inf), key=lambda at: (seconds(at), at)
-    )
-    chosen = [candidates[at] for at in fastest[:count]]
+    alike: dict[float, int] = {}
+    for at in sorted(looked, key=lambda at: (seconds(at), at)):
+        alike.setdefault(seconds(at), at)
+    alike.pop(math.inf, None)
+    chosen = [candidates[at] for at in list(alike.values())[:count]]
     return [(config, predict(kernel, config, problem, device)) for config in chosen]
 
 
@@ -149,27 +155,29 @@ def _times(work: Work, device: Device) -> dict[str, float]:
     assert device.bandwidth is not None, device.name
     rates, unit = device.rates, device.multiprocessor
     clock = rates["clock_hz"]
-    resident = _resident(work, unit)
-    # of all blocks, what the busiest multiprocessor has
-    share = math.ceil(work.blocks / device.units) / work.blocks
-    # a warp issues one instruction a clock at most
-    slots = min(unit["issue_slots"], work.warps * min(resident, math.ceil(work.blocks * share)))
-    tensor = device.flops.get(work.tensor_dtype, math.inf) / device.units
+    # blocks of the busiest multiprocessor, in all and at once
+    blocks, resident = math.ceil(work.blocks / device.units), _resident(work, unit)
+    share, warps = blocks / work.blocks, work.warps * min(resident, blocks)
+    # a warp issues one instruction a clock at most, to the tensor cores of its own quarter
+    slots = min(unit["issue_slots"], warps)
+    tensor = device.flops.get(work.tensor_dtype, math.inf) / device.units / unit["issue_slots"]
     peaks = {
         "hbm": work.hbm_bytes / device.bandwidth,
         "l2": work.l2_bytes / rates["l2_bandwidth"],
         "shared": work.wavefronts * share * 128 / unit["wavefront_bytes"] / clock,
         "issue": work.instructions * share / slots / clock,
-        "tensor": work.tensor_flops * share / tensor,
+        "tensor": work.tensor_flops * share / slots / tensor,
     }
     times = {name: seconds / _REACHED[name] for name, seconds in peaks.items()}
-    waves = math.ceil(work.blocks / (device.units * resident))
-    clocks = (
+    waits = (
         work.hbm_trips * rates["memory_latency_clocks"]
         + work.l2_trips * rates["l2_latency_clocks"]
         + work.shared_trips * rates["l1_latency_clocks"]
     )
-    return {**times, "latency": waves * clocks / clock}
+    waves = math.ceil(work.blocks / (device.units * resident))
+    # between two waits a warp does its own part of what the multiprocessor does
+    own = max(times["shared"], slots * times["issue"], slots * times["tensor"]) / warps
+    return {**times, "latency": waves * waits / clock + own}
 
 
 def _resident(work: Work, unit: Mapping[str, int]) -> int:

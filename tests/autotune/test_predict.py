@@ -118,9 +118,22 @@ def test_latency_takes_a_turn_a_wave(changes: dict[str, int], waves: int) -> Non
     assert predict_work([one], GPU).by_resource["latency"] == pytest.approx(waves * 1e-6)
 
 
+def test_few_warps_do_not_hide_what_they_wait_for() -> None:
+    """Ten microseconds of accesses and eight of waits: by four warps 10.5, by 16 the accesses."""
+    one = {"wavefronts": 90_000, "hbm_trips": 16}
+    four, many = (predict_work([work(**one, warps=warps)], GPU) for warps in (4, 16))
+    assert (four.binds, many.binds) == ("latency", "shared")
+    assert four.seconds == pytest.approx((8 + 10 / 4 + 1) * 1e-6)
+    assert many.seconds == pytest.approx(11e-6)
+
+
 def test_one_warp_issues_once_a_clock() -> None:
-    four = predict_work([work(instructions=1000)], GPU).by_resource["issue"]
-    assert predict_work([work(instructions=1000, warps=1)], GPU).by_resource["issue"] == 4 * four
+    """And has a quarter of the tensor cores to itself."""
+    for name, count in (("issue", "instructions"), ("tensor", "tensor_flops")):
+        one, four = (predict_work([work(**{count: 1e6}, warps=warps)], GPU) for warps in (1, 4))
+        assert one.by_resource[name] == pytest.approx(4 * four.by_resource[name])
+        # nothing to wait for: its own work is all that it does
+        assert one.by_resource["latency"] == pytest.approx(one.by_resource[name])
 
 
 counts = st.fixed_dictionaries(
@@ -260,6 +273,18 @@ def test_the_best_of_a_large_space_is_found_without_looking_at_all() -> None:
     assert not any(
         config["b"] == 7 for config, _ in best_configs(kernel, candidates, PROBLEM, GPU, 99)
     )
+
+
+def test_the_best_is_no_slower_than_the_default_and_none_is_there_twice() -> None:
+    """Where all is alike but the default, which a sample of 400 in 64,000 misses."""
+
+    def flat(config: Config, _: Problem, __: Device) -> tuple[Work, ...]:
+        default = config == Config(a=0, b=0, c=20)
+        return (work(hbm_bytes=1e6 if default else 2e6),)
+
+    found = best_configs(bowls(work=flat), enumerate_space(SIDES), PROBLEM, GPU, 9)
+    assert found[0][0] == Config(a=0, b=0, c=20)
+    assert len(found) == 2
 
 
 def test_an_arm_begins_with_what_is_predicted_to_be_fastest() -> None:

@@ -81,6 +81,9 @@ TRITON = (
     loop("triton/mma", "aqlm-2x8", 16, stage_sum="dots"),
     loop("triton/mma", "aqlm-2x8", 64),
     loop("triton/mma", "vptq-65536-256", 16),
+    loop("triton/mma", "vq-256x32", 16),
+    loop("triton/mma", "rq-4x256x8", 16),
+    loop("triton/mma", "aqlm-2x8", 128, tokens=128, tile_k=128, warps=8, stages=1),
 )
 
 

@@ -69,10 +69,7 @@ def mixed(hot: Gather, cold: Gather, problem: Problem, share: float) -> Gather:
 
 @dataclasses.dataclass(frozen=True)
 class Codes:
-    """What a warp's load of one code a lane and stage costs, all stages.
-
-    lane_codes: neighbouring codes of one load, in the layout `words`. l2_bytes: every code once.
-    """
+    """A warp's load of codes, all stages: one a lane, or several in the layout `words`."""
 
     wavefronts: float
     l2_bytes: float

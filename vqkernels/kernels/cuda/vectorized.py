@@ -120,8 +120,10 @@ def work(config: Config, problem: Problem, device: Device) -> tuple[Work, ...]:
     (program,) = programs(config, problem)
     gather = counts.global_gather(problem, sweep_work.room(program, problem, device))
     if hot := hot_entries(config, problem):
-        near = counts.shared_gather(problem, 16, 1)
-        share = (hot / problem.spec.stages[0]) ** _USE
+        near, spec = counts.shared_gather(problem, 16, 1), problem.spec
+        # of the first codebook set alone
+        sets = product.book_entries(problem) // sum(spec.stages)
+        share = (hot / spec.stages[0]) ** _USE / sets
         gather = counts.mixed(near, gather, problem, share)
     filled = shared_bytes(config, problem)
     return sweep_work.work(program, config, problem, device, gather, filled_bytes=filled)

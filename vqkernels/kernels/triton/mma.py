@@ -165,12 +165,14 @@ def work(config: Config, problem: Problem, device: Device) -> tuple[Work, ...]:
     dots = 1 if config.text("stage_sum") == "registers" else stages
     # an mma is 16 x 8 x 16, of two multiplications and additions each
     mmas = tile.tokens * outputs * features / 2048 / tile.warps
+    # four warps' products of 64 rows are one instruction on Hopper
+    by_group = tile.tokens >= 64 and device.arch == "sm_90"
     decoded = elements * LANES * itemsize / LINE
     step = counts.Step(
         60
         + max(1.0, tile.lanes) * stages * (5 + 2 * gather.pieces)
-        + 1.2 * stages * elements
-        + 2 * dots * mmas,
+        + 2.4 * (stages - 1) * elements
+        + (0 if by_group else 2 * dots * mmas),
         # entries through shared memory to their lanes, then as operands; x stored and loaded
         tile.lanes * stages * gather.wavefronts
         + 2 * stages * decoded

@@ -221,3 +221,15 @@ def test_codes_that_outgrow_the_l2_come_from_memory_for_every_tile_of_tokens() -
             moved[n, m] = kernel.work(config, problem, H100)[0].hbm_bytes
     assert moved[4096, 2] == moved[4096, 1] + 2 * (4096 + 8192)
     assert moved[65536, 2] == moved[65536, 1] + 2 * (65536 + 8192) + 65536 * 8192 // 8 * 2
+
+
+def test_hot_entries_are_of_the_first_codebook_set() -> None:
+    """pq-m8 has eight: an eighth of the gathers goes to the copy in shared memory."""
+    kernel = registry()["cuda/vectorized"]
+    assert kernel.work is not None
+    problem = Problem(m=1, n=4096, k=4096, spec=PRESETS["pq-m8"], dtype="float16")
+    config = kernel.default(problem, H100)
+    none = kernel.work(config, problem, H100)[0]
+    all_hot = kernel.work(config.replace(hot_entries=1024), problem, H100)[0]
+    # the branch, and mostly both of its sides
+    assert 1.4 < all_hot.instructions / none.instructions < 2
