@@ -24,6 +24,7 @@ from vqkernels.kernel import Footprint, Kernel, Packed, Run
 from vqkernels.kernels.cuda import product
 from vqkernels.kernels.cuda import table_shape as shape
 from vqkernels.kernels.cuda.program import Program
+from vqkernels.kernels.cuda.table_work import work
 from vqkernels.kernels.linear import core_shape, pack_books, pack_sets, pack_sides, sides_bytes
 from vqkernels.parts import code_grid
 from vqkernels.problem import Problem
@@ -273,6 +274,7 @@ KERNEL = Kernel(
     pack=pack,
     compile=compile,
     programs=programs,
+    work=work,
     # an entry's products are summed and rounded once: of like signs, 8 of them count as one chain
     half_chain=8,
     about="dot-product tables, one conflict-free lookup a code, summed by tensor cores",
