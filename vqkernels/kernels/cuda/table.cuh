@@ -228,6 +228,12 @@ struct TableSpan {
     }
 };
 
+template <class T>
+VQ_INLINE void store_row(const Arguments<T>& a, int number, int token, int row, float sum) {
+    const i64 start = (i64(number) * a.m + token) * a.width;
+    global(a.out).store(start + row, from_float<typename T::Out>(sum));
+}
+
 // The warp's sums to `out`, or, in a cluster, to shared memory, where the blocks add them up.
 template <class T>
 VQ_INLINE void store_rows(const Arguments<T>& a, const BlockSums<T> (&sums)[T::BLOCKS],
@@ -236,7 +242,6 @@ VQ_INLINE void store_rows(const Arguments<T>& a, const BlockSums<T> (&sums)[T::B
     const int own = warp_id() * T::BLOCKS * ROWS_A_BLOCK + lane_id();
     const float factor = global(a.scales).load(0);
     const auto together = memory.template as<float>();
-    const auto out = global(a.out);
     if constexpr (T::CLUSTER > 1) sync_block();  // the tables have been read
 #pragma unroll
     for (int token = 0; token < T::TOKENS; token++) {
@@ -248,8 +253,7 @@ VQ_INLINE void store_rows(const Arguments<T>& a, const BlockSums<T> (&sums)[T::B
             if constexpr (T::CLUSTER > 1) {
                 together.store(token * S::ROWS + row, sum);
             } else if (span.row + row < span.rows && span.token + token < a.m) {
-                const i64 start = (i64(span.number) * a.m + span.token + token) * a.width;
-                out.store(start + span.row + row, from_float<typename T::Out>(sum));
+                store_row(a, span.number, span.token + token, span.row + row, sum);
             }
         }
     }
@@ -270,8 +274,7 @@ VQ_INLINE void add_cluster(const Arguments<T>& a, const TableSpan<T>& span, Shar
         for (int rank = 0; rank < T::CLUSTER; rank++) sum += cluster_load(sums, i, rank);
         const int token = i / S::ROWS, row = span.row + i % S::ROWS;
         if (row < span.rows && span.token + token < a.m) {
-            const i64 at = i64(span.token + token) * a.width + row;
-            global(a.out).store(at, from_float<typename T::Out>(sum));
+            store_row(a, 0, span.token + token, row, sum);
         }
     }
     cluster_sync();  // others may still read this block's sums
