@@ -24,11 +24,11 @@ from vqkernels.kernel import Footprint, Kernel, Packed, Run
 from vqkernels.kernels.cuda import around, product
 from vqkernels.kernels.cuda import table_shape as shape
 from vqkernels.kernels.cuda.program import Program
+from vqkernels.kernels.cuda.table_work import work
 from vqkernels.kernels.linear import (
     core_shape,
     pack_books,
     pack_sets,
-    pack_sides,
     share_books,
     sides_bytes,
 )
@@ -151,8 +151,8 @@ def clocks(config: Config, problem: Problem, device: Device) -> float:
     blocks = shape.row_tiles(config, problem) * -(-problem.m // tokens) * spans
     # barriers of a tile; a block's beginning and end
     a_block = tiles * (lookups + build + 800 * passes) + 3000
-    # a cluster's exchange, or two launches of torch's
-    together = 0 if spans == 1 else 1500 if shape.clustered(config) else 8000
+    # a cluster's exchange, or the epilogue's launch of 2.5 us
+    together = 0 if spans == 1 else 1500 if shape.clustered(config) else 4500
     return -(-blocks // device.units) * a_block + together
 
 
@@ -216,8 +216,7 @@ def pack(tensor: QuantizedTensor, config: Config, problem: Problem) -> Packed:
         "scales": torch.tensor([power], dtype=torch.float32),
     }
     numbers = {name: values.int() for name, values in sets.items()}
-    sides = {k: one for k, one in pack_sides(tensor).items() if not k.endswith("_cells")}
-    return Packed(arrays | numbers | sides)
+    return Packed(arrays | numbers | product.pack_sides(tensor))
 
 
 # ------------------------------------------------------------------------------------------------
@@ -285,6 +284,7 @@ KERNEL = Kernel(
     pack=pack,
     compile=compile,
     programs=programs,
+    work=work,
     # an entry's products are summed and rounded once: of like signs, 8 of them count as one chain
     half_chain=8,
     about="dot-product tables, one conflict-free lookup a code, summed by tensor cores",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 import subprocess
 import tempfile
@@ -304,6 +305,22 @@ def test_codes_are_read_once_each(programs, monkeypatch) -> None:
         )
         assert sum(site.bytes for site in codes) == padded + past
         assert sum(site.sectors for site in codes) * 32 == padded + past
+
+
+@pytest.mark.parametrize("trial", [CLUSTERED, PAIRED, FOURFOLD], ids=["m1", "m2", "m3"])
+def test_work_is_what_the_text_does(trial: Trial, programs, monkeypatch) -> None:
+    """Wavefronts of lookups, codes and builds, and bytes of codes; blocks as launched."""
+    _, _, (report,) = launched(trial, trial.inputs(), monkeypatch, counting=True)
+    assert KERNEL.work is not None
+    one = KERNEL.work(trial.chosen, trial.problem, HOPPER)[0]
+    (program,) = table.programs(trial.chosen, trial.problem)
+    assert one.blocks == math.prod(program.grid)
+    shared = report.total("shared", "wavefronts")
+    codes = [s for s in report.sites if s.kind == "global_load" and s.width == 16]
+    shared += sum(4 * site.requests for site in codes if "table.cuh" in site.file)
+    assert one.wavefronts == pytest.approx(shared, rel=0.1)
+    moved = sum(32 * site.sectors for site in report.sites if site.kind.startswith("global"))
+    assert one.l2_bytes == pytest.approx(moved, rel=0.35)
 
 
 def test_packing_keeps_words_in_range() -> None:
