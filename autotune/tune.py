@@ -14,7 +14,7 @@ import dataclasses
 import statistics
 import time
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -70,7 +70,8 @@ class Choice:
 class Arm:
     """A kernel that may win: its candidates, its default, and what rules a config out unmeasured.
 
-    prune: the reason, given the best time so far (None: none yet), or None.
+    prune: the reason, given the best time so far (None: none yet), or None. first: configs that are
+    tried before the strategy chooses, most promising first.
     """
 
     kernel: str
@@ -78,6 +79,7 @@ class Arm:
     candidates: Candidates
     default: Config
     prune: Callable[[Config, float | None], str | None] = lambda *_: None
+    first: tuple[Config, ...] = ()
 
     def choice(self, config: Config) -> Choice:
         """A config of this arm."""
@@ -257,7 +259,14 @@ def _search(loop: _Loop, arms: Sequence[Arm], baseline: Choice, plan: Plan) -> _
     for one in running:
         found = search.found[one.arm.choice(one.arm.default)].measurement
         one.saw(found.median_s if found.status == "ok" else None)
-    while len(search.found) < plan.attempts and (end is None or time.monotonic() < end):
+
+    def going() -> bool:
+        return len(search.found) < plan.attempts and (end is None or time.monotonic() < end)
+
+    for one, promising in _first(running):
+        if going():
+            _try_first(loop, search, one, promising, plan)
+    while going():
         turn = _whose_turn(running, loop.best_s)
         if turn is None:
             break
@@ -265,6 +274,23 @@ def _search(loop: _Loop, arms: Sequence[Arm], baseline: Choice, plan: Plan) -> _
         if config is not None:
             _step(loop, search, turn, config, plan)
     return search
+
+
+def _first(running: Sequence[_Running]) -> Iterator[tuple[_Running, Config]]:
+    """Every arm's most promising config, then every arm's second, and so on."""
+    for rank in range(max((len(one.arm.first) for one in running), default=0)):
+        for one in running:
+            if rank < len(one.arm.first):
+                yield one, one.arm.first[rank]
+
+
+def _try_first(loop: _Loop, search: _Search, one: _Running, config: Config, plan: Plan) -> None:
+    """A config that no strategy asked for: when one does, its outcome is known."""
+    choice = one.arm.choice(config)
+    if choice in search.found or one.arm.prune(config, loop.best_s):
+        return
+    measured = _try(loop, search, choice, plan).measurement
+    one.saw(measured.median_s if measured.status == "ok" else None)
 
 
 def _whose_turn(running: Sequence[_Running], best_s: float | None) -> _Running | None:

@@ -10,11 +10,11 @@ import click
 from autotune.timers import set_threads
 from vqkernels.device import Device, detect, detect_cpu
 
-__all__ = ["selecting", "usual_dtype", "where"]
+__all__ = ["cases", "selecting", "usual_dtype", "where"]
 
 F = TypeVar("F", bound=Callable[..., Any])
 
-_SELECTING = (
+_CASES = (
     click.option("-w", "--workload", "workloads", multiple=True, help="Name, or a .toml file."),
     click.option("-l", "--layer", "layers", multiple=True, help="Layers by glob, e.g. '*.query'."),
     click.option("-f", "--format", "formats", multiple=True, help="Format, e.g. rq-2x256x8."),
@@ -22,6 +22,8 @@ _SELECTING = (
     click.option(
         "-m", "ms", multiple=True, type=click.IntRange(1), help="Tokens; repeat for several."
     ),
+)
+_WHERE = (
     click.option("--device", default="auto", help="cpu, cuda, cuda:N, or the GPU if there is one."),
     click.option("--threads", type=click.IntRange(1), help="CPU threads; all that may run here."),
     click.option(
@@ -30,11 +32,18 @@ _SELECTING = (
 )
 
 
-def selecting(command: F) -> F:
-    """Options that select cases, kernels and the device, in this order."""
-    for option in reversed(_SELECTING):
+def cases(command: F) -> F:
+    """Options that select cases and kernels."""
+    for option in reversed(_CASES):
         command = option(command)
     return command
+
+
+def selecting(command: F) -> F:
+    """Options that select cases, kernels and the device, in this order."""
+    for option in reversed(_WHERE):
+        command = option(command)
+    return cases(command)
 
 
 def where(device: str, threads: int | None) -> Device:

@@ -18,9 +18,10 @@ import torch
 
 from vqkernels.errors import BackendError
 
-__all__ = ["Device", "detect", "detect_cpu", "detect_gpus", "known_devices"]
+__all__ = ["Device", "detect", "detect_cpu", "detect_gpus", "known_device", "known_devices"]
 
 _KNOWN = Path(__file__).parent / "devices"
+_TABLES = ("flops", "multiprocessor", "rates")
 _SYSTEM_CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
 
 
@@ -32,6 +33,8 @@ class Device:
     units: threads a CPU run may use, or multiprocessors.
     llc_bytes: the last-level cache: the L3 of a CPU, the L2 of a GPU.
     bandwidth: peak of main memory; flops: peak by input dtype, fp32 accumulation.
+    multiprocessor, rates: of a GPU, what `autotune.predict` reads; the keys of these tables of
+        `devices/*.toml`, empty where there is no such file.
     """
 
     kind: Literal["cpu", "cuda"]
@@ -46,6 +49,8 @@ class Device:
     shared_bytes: int | None = None
     bandwidth: float | None = None
     flops: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    multiprocessor: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    rates: Mapping[str, float] = dataclasses.field(default_factory=dict)
     uuid: str | None = None
     driver: str | None = None
 
@@ -61,7 +66,8 @@ class Device:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready fields for a record."""
-        return dataclasses.asdict(self) | {"flops": dict(self.flops)}
+        tables = {name: dict(getattr(self, name)) for name in _TABLES}
+        return dataclasses.asdict(self) | tables
 
 
 def detect(kind: str = "auto") -> Device:
@@ -130,6 +136,36 @@ def known_devices() -> dict[str, dict[str, Any]]:
     }
 
 
+def known_device(name: str) -> Device:
+    """The device of `devices/*.toml` that `name` names, or the only one that it is part of.
+
+    As it stands in the file, on a machine that may have none. Raises BackendError.
+    """
+    tables = known_devices()
+    found = [stem for stem in tables if stem == name] or [stem for stem in tables if name in stem]
+    if len(found) != 1:
+        raise BackendError(
+            f"device {name!r} names {'several' if found else 'none'} of the known ones; "
+            f"use one of {', '.join(found or tables)}"
+        )
+    facts = tables[found[0]]
+    return Device(
+        kind="cuda",
+        name=facts["name"],
+        arch=facts["arch"],
+        units=facts["multiprocessors"],
+        llc_bytes=facts["l2_bytes"],
+        memory_bytes=facts["memory_bytes"],
+        **_peaks(facts),
+    )
+
+
+def _peaks(facts: Mapping[str, Any]) -> dict[str, Any]:
+    """What no driver tells, of a table of `devices/*.toml`."""
+    peaks = {name: facts.get(name) for name in ("shared_bytes", "bandwidth")}
+    return peaks | {name: facts.get(name, {}) for name in _TABLES}
+
+
 def _gpu(nvml: Any, index: int) -> Device:
     properties = torch.cuda.get_device_properties(index)
     # by UUID: torch counts the devices that CUDA_VISIBLE_DEVICES leaves, NVML counts all
@@ -146,11 +182,9 @@ def _gpu(nvml: Any, index: int) -> Device:
         units=int(properties.multi_processor_count),
         llc_bytes=int(properties.L2_cache_size),
         memory_bytes=int(nvml.nvmlDeviceGetMemoryInfo(handle).total),
-        shared_bytes=facts.get("shared_bytes"),
-        bandwidth=facts.get("bandwidth"),
-        flops=facts.get("flops", {}),
         uuid=uuid,
         driver=_text(nvml.nvmlSystemGetDriverVersion()),
+        **_peaks(facts),
     )
 
 

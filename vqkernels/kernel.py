@@ -27,6 +27,7 @@ from vqkernels.errors import BackendError
 from vqkernels.problem import Problem
 from vqkernels.space import Config, Space
 from vqkernels.tensor import QuantizedTensor
+from vqkernels.work import Work
 
 __all__ = ["Footprint", "Kernel", "Packed", "Registry", "Run", "registry"]
 
@@ -99,6 +100,7 @@ class Kernel:
     packs_anywhere: `pack` takes a tensor on any device; one on the CPU otherwise.
     runs_on: kinds of device; a run that names no kernels takes those of its device.
     programs: of a GPU kernel, what a config launches, to be compiled on a machine without one.
+    work: of a GPU kernel, the launches of a call in order, counted; None: no time is predicted.
     """
 
     name: str
@@ -117,6 +119,7 @@ class Kernel:
     packs_anywhere: bool = False
     runs_on: tuple[Literal["cpu", "cuda"], ...] = ("cpu", "cuda")
     programs: Callable[[Config, Problem], tuple[Program, ...]] | None = None
+    work: Callable[[Config, Problem, Device], tuple[Work, ...]] | None = None
 
     @property
     def id(self) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import random
 import signal
@@ -115,6 +116,37 @@ def test_an_arm_that_is_far_behind_gets_no_more(store: Store) -> None:
     attempts = Counter(kernel for kernel, _ in evaluator.calls)
     assert attempts["slow"] <= 10
     assert attempts["slow"] + attempts["fast"] == 60
+
+
+def promising(*kernels: str) -> list[Arm]:
+    """Arms that begin with the two ends of a row."""
+    ends = (Config(a=7, b=3), Config(a=11, b=0))
+    return [arm(kernel, GRID, START, first=ends) for kernel in kernels]
+
+
+def test_promising_configs_are_tried_before_the_strategy_chooses(store: Store) -> None:
+    both, evaluator = promising("fast", "slow"), Recorded(bowl)
+    baseline = both[0].choice(START)
+    tune(both, baseline, evaluator, store, 1, plan(attempts=80, rounds=0, pairs=0))
+    best, other = both[0].first
+    assert evaluator.calls[:6] == [
+        (kernel, config) for config in (START, best, other) for kernel in ("fast", "slow")
+    ]
+    assert len(set(evaluator.calls)) == len(evaluator.calls) == 80
+
+
+def test_promising_configs_keep_to_the_budget_and_may_be_pruned(store: Store) -> None:
+    both, evaluator = promising("fast", "slow"), Recorded(bowl)
+    baseline, (best, other) = both[0].choice(START), both[0].first
+    tune(both, baseline, evaluator, store, 1, plan(attempts=3, rounds=0, pairs=0))
+    assert evaluator.calls[2:] == [("fast", best)]
+    pruned = [
+        dataclasses.replace(one, prune=lambda config, _: "no" if config == best else None)
+        for one in both
+    ]
+    evaluator = Recorded(bowl)
+    tune(pruned, baseline, evaluator, store, 2, plan(attempts=4, rounds=0, pairs=0))
+    assert evaluator.calls[2:] == [("fast", other), ("slow", other)]
 
 
 def test_ties_keep_the_default_or_the_simpler(store: Store) -> None:

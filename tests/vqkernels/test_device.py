@@ -214,13 +214,67 @@ TABLES = known_devices()
 def test_a_device_table_is_well_formed(name):
     table = dict(TABLES[name])
     assert re.compile(table.pop("match"))
-    flops = table.pop("flops")
+    flops, unit, rates = (table.pop(key) for key in ("flops", "multiprocessor", "rates"))
+    assert re.search(TABLES[name]["match"], table.pop("name"))
+    assert re.fullmatch(r"sm_\d+", table.pop("arch"))
     assert set(flops) <= {"float32", "float16", "bfloat16", "int8", "float8"}
-    assert set(table) == {"multiprocessors", "l2_bytes", "shared_bytes", "bandwidth"}
-    assert all(isinstance(table[key], int) for key in table if key != "bandwidth")
+    sizes = {"multiprocessors", "l2_bytes", "shared_bytes", "memory_bytes"}
+    assert set(table) == {*sizes, "bandwidth"}
+    assert all(isinstance(table[key], int) for key in sizes)
+    check_rates(table, unit, rates)
     assert all(value > 0 for value in [*table.values(), *flops.values()])
     assert 1e11 < table["bandwidth"] < 1e14
     assert all(1e12 < rate < 1e17 for rate in flops.values())
+
+
+def check_rates(table, unit, rates):
+    sizes = {"l1_bytes", "shared_bytes", "threads", "blocks", "registers"}
+    assert set(unit) == {*sizes, "issue_slots", "wavefront_bytes"}
+    assert all(isinstance(value, int) and value > 0 for value in unit.values())
+    # a block's limit is what a multiprocessor has but for the system's 1 KB, and L1 holds both
+    assert table["shared_bytes"] + 1024 == unit["shared_bytes"] < unit["l1_bytes"]
+    latencies = [rates[f"{name}_latency_clocks"] for name in ("l1", "l2", "memory")]
+    assert latencies == sorted(latencies)
+    assert all(10 < clocks < 2000 for clocks in latencies)
+    assert set(rates) - {f"{name}_latency_clocks" for name in ("l1", "l2", "memory")} == {
+        "clock_hz",
+        "l2_bandwidth",
+        "launch_s",
+    }
+    assert 1e9 < rates["clock_hz"] < 4e9
+    assert table["bandwidth"] < rates["l2_bandwidth"]
+    # no faster than 64 bytes a clock into each multiprocessor
+    assert rates["l2_bandwidth"] < 64 * rates["clock_hz"] * table["multiprocessors"]
+    assert 1e-7 < rates["launch_s"] < 1e-5
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_a_known_device_is_what_its_table_says(name):
+    found, table = device.known_device(name), TABLES[name]
+    assert (found.kind, found.units, found.name) == (
+        "cuda",
+        table["multiprocessors"],
+        table["name"],
+    )
+    assert found.rates == table["rates"]
+    assert found.multiprocessor == table["multiprocessor"]
+    assert found.bandwidth == table["bandwidth"]
+    assert Device(**json.loads(json.dumps(found.to_dict()))) == found
+
+
+def test_a_known_device_by_a_part_of_its_name():
+    assert device.known_device("h100") == device.known_device("h100-sxm")
+    assert device.known_device("4090").arch == "sm_89"
+    with pytest.raises(BackendError, match="names several of the known ones; use one of a100-sxm"):
+        device.known_device("0")
+    with pytest.raises(BackendError, match=r"names none of the known ones; use one of .*h200"):
+        device.known_device("v100")
+
+
+def test_a_whole_name_goes_before_parts(monkeypatch):
+    tables = {name: {**TABLES["h200"], "name": name} for name in ("h200-nvl", "h200", "gh200")}
+    monkeypatch.setattr(device, "known_devices", lambda: tables)
+    assert device.known_device("h200").name == "h200"
 
 
 @pytest.mark.parametrize(

@@ -12,14 +12,16 @@ from torch import Tensor
 
 from vqkernels.device import Device
 from vqkernels.kernel import Footprint, Kernel, Packed, Run
-from vqkernels.kernels import layout
-from vqkernels.kernels.cuda import product
+from vqkernels.kernels import gathers, launches, layout
+from vqkernels.kernels.access import LANES, LINE
+from vqkernels.kernels.cuda import counts, product
 from vqkernels.kernels.cuda.driver import Launcher
 from vqkernels.kernels.cuda.program import Program
 from vqkernels.kernels.linear import core_shape, surround
 from vqkernels.parts import code_grid
 from vqkernels.problem import Problem
 from vqkernels.space import Config, Param, Space
+from vqkernels.work import Work
 
 SPACE = Space(
     params=(
@@ -85,6 +87,47 @@ def compile(config: Config, problem: Problem, device: Device) -> Run:
     return surround(core, problem)
 
 
+# Instructions of a thread beside its loads, sums and stores: its cell's row and column by division.
+_CELL = 90
+
+
+def work(config: Config, problem: Problem, device: Device) -> tuple[Work, ...]:
+    """The decode, the BLAS, and the copy into `out`."""
+    (program,) = programs(config, problem)
+    spec, code_layout = problem.spec, config.text("layout")
+    rows, columns = code_grid(spec, problem.n, problem.k)
+    length, stages = spec.vector_length, len(spec.stages)
+    along = "columns" if spec.vector_axis == "in" else "rows"
+    gather = counts.global_gather(problem, launches.l1_room(device, program.grid[0], 0))
+    # a block's cells lie in one row or few: nothing across is of use
+    codes = counts.lane_codes(problem, code_layout, along, 1)
+    itemsize = problem.torch_dtype.itemsize
+    a_store = gathers.wide(length, itemsize)
+    stores = length * itemsize // a_store
+    a_cell = _CELL + codes.instructions + stages * gather.instructions + (stages - 1) * length
+    a_cell += stores + (length // 2 if itemsize == 2 else 0)
+    dense = rows * columns * length * itemsize
+    warps = -(-rows * columns // LANES)
+    books = gathers.packed_books(problem)
+    decode = Work(
+        hbm_bytes=layout.codes_bytes(problem, code_layout)
+        + books
+        + launches.streamed_after_write(dense, device),
+        l2_bytes=warps * (codes.l2_bytes + stages * gather.l2_bytes)
+        + min(program.grid[0], device.units) * gather.held_bytes
+        + dense,
+        wavefronts=warps * (codes.wavefronts + stages * gather.wavefronts) + dense / LINE,
+        instructions=warps * a_cell,
+        blocks=program.grid[0],
+        warps=config.number("threads") // LANES,
+        registers=24 + length,
+        hbm_trips=1,
+        l2_trips=gather.l2_trips,
+        shared_trips=1,
+    )
+    return decode, *launches.dense_product(problem, device), *launches.surrounding(problem)
+
+
 KERNEL = Kernel(
     name="dequant",
     op="linear",
@@ -97,6 +140,7 @@ KERNEL = Kernel(
     pack=product.pack,
     compile=compile,
     programs=programs,
+    work=work,
     about="decode to a dense matrix, then the BLAS",
     rounds_weights=True,
 )

@@ -9,10 +9,11 @@ from __future__ import annotations
 from vqkernels.device import Device
 from vqkernels.kernel import Footprint, Kernel
 from vqkernels.kernels import layout
-from vqkernels.kernels.cuda import product, sweep
+from vqkernels.kernels.cuda import counts, product, sweep, sweep_work
 from vqkernels.kernels.cuda.program import Program
 from vqkernels.problem import Problem
 from vqkernels.space import Config, Param, Space
+from vqkernels.work import Work
 
 SPACE = Space(
     params=(Param("layout", layout.LAYOUTS, "order of the codes"), *sweep.PARAMS),
@@ -40,6 +41,13 @@ def programs(config: Config, problem: Problem) -> tuple[Program, ...]:
     return (sweep.program("fused_rq", config, problem, {"FUSED": True}),)
 
 
+def work(config: Config, problem: Problem, device: Device) -> tuple[Work, ...]:
+    """Entries from L1, or from L2 where the codebooks are larger."""
+    (program,) = programs(config, problem)
+    gather = counts.global_gather(problem, sweep_work.room(program, problem, device))
+    return sweep_work.work(program, config, problem, device, gather)
+
+
 KERNEL = Kernel(
     name="fused_rq",
     op="linear",
@@ -52,5 +60,6 @@ KERNEL = Kernel(
     pack=product.pack,
     compile=product.compiler(programs),
     programs=programs,
+    work=work,
     about="all stages summed in registers, one pass over x",
 )

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 from vqkernels.device import Device
 from vqkernels.kernel import Footprint, Kernel
-from vqkernels.kernels import layout
-from vqkernels.kernels.cuda import product
+from vqkernels.kernels import gathers, launches, layout
+from vqkernels.kernels.access import LANES, SECTOR
+from vqkernels.kernels.cuda import counts, product
 from vqkernels.kernels.cuda.program import Program
 from vqkernels.parts import code_grid
 from vqkernels.problem import Problem
 from vqkernels.space import Config, Param, Space
+from vqkernels.work import Work
 
 SPACE = Space(
     params=(
@@ -60,6 +62,48 @@ def programs(config: Config, problem: Problem) -> tuple[Program, ...]:
     )
 
 
+def work(config: Config, problem: Problem, device: Device) -> tuple[Work, ...]:
+    """A warp walks the cells of its span: a code and an entry a stage, x element by element."""
+    (program,) = programs(config, problem)
+    spec, code_layout = problem.spec, config.text("layout")
+    rows, columns = code_grid(spec, problem.n, problem.k)
+    along_in = spec.vector_axis == "in"
+    length, stages = spec.vector_length, len(spec.stages)
+    parts, span = program.grid[2], program.numbers["span"]
+    blocks = program.grid[0] * program.grid[1] * parts
+    x_bytes = gathers.inputs_bytes(problem)
+    room = launches.l1_room(device, blocks, 0)
+    gather = counts.global_gather(problem, room - min(room // 2, x_bytes // problem.m // parts))
+    codes = counts.lane_codes(problem, code_layout, "rows", span)
+    inputs = length if along_in else 1
+    itemsize = problem.torch_dtype.itemsize
+    # a load of x is a wavefront, for it is the same for all lanes, and a conversion with it
+    a_cell = codes.instructions + stages * gather.instructions + 8
+    a_cell += (stages - 1) * length + length + inputs * (2 if itemsize == 2 else 1)
+    cells = problem.m * (rows / LANES) * columns
+    warps = -(-rows // LANES) * problem.m * parts
+    outputs = (1 if along_in else length) * (4 if parts > 1 else itemsize)
+    stored = warps * -(-LANES * outputs // SECTOR) * SECTOR
+    # side by side in `columns`, a cell's codes are a line of their own; else of the cells beside it
+    a_line = 1 if code_layout == "columns" else SECTOR * 8 // layout.code_bits(problem)
+    launch = Work(
+        hbm_bytes=launches.memory_bytes(problem, code_layout, problem.m, parts, device),
+        l2_bytes=cells * (codes.l2_bytes + stages * gather.l2_bytes)
+        + min(program.grid[0], device.units) * x_bytes
+        + min(blocks, device.units) * gather.held_bytes
+        + stored,
+        wavefronts=cells * (codes.wavefronts + stages * gather.wavefronts + inputs),
+        instructions=-(-rows // LANES) * problem.m * columns * a_cell + 40 * warps,
+        blocks=blocks,
+        warps=config.number("threads") // LANES,
+        registers=30 + length,
+        hbm_trips=min(span, columns) / a_line + 1,
+        l2_trips=min(span, columns) * gather.l2_trips,
+        shared_trips=min(span, columns) * (2 if a_line > 1 else 1),
+    )
+    return launch, *launches.after_spans(problem, parts), *launches.surrounding(problem)
+
+
 KERNEL = Kernel(
     name="naive",
     op="linear",
@@ -72,5 +116,6 @@ KERNEL = Kernel(
     pack=product.pack,
     compile=product.compiler(programs),
     programs=programs,
+    work=work,
     about="a thread a row, every lookup from global memory",
 )

@@ -11,10 +11,11 @@ from __future__ import annotations
 from vqkernels.device import Device
 from vqkernels.kernel import Footprint, Kernel
 from vqkernels.kernels import layout
-from vqkernels.kernels.cuda import product, sweep
+from vqkernels.kernels.cuda import counts, product, sweep, sweep_work
 from vqkernels.kernels.cuda.program import Program
 from vqkernels.problem import Problem
 from vqkernels.space import Config, Constraint, Param, Space
+from vqkernels.work import Work
 
 SPACE = Space(
     params=(
@@ -96,6 +97,17 @@ def programs(config: Config, problem: Problem) -> tuple[Program, ...]:
     return (sweep.program("staged", config, problem, constants, shared_bytes=shared),)
 
 
+def work(config: Config, problem: Problem, device: Device) -> tuple[Work, ...]:
+    """Entries from shared memory, which every block fills first."""
+    (program,) = programs(config, problem)
+    copies = config.number("replicas")
+    gather = counts.shared_gather(problem, config.number("gather_bytes"), copies)
+    books = product.book_entries(problem) * product.entry_bytes(problem)
+    return sweep_work.work(
+        program, config, problem, device, gather, filled_bytes=books, copies=copies
+    )
+
+
 KERNEL = Kernel(
     name="staged",
     op="linear",
@@ -108,5 +120,6 @@ KERNEL = Kernel(
     pack=product.pack,
     compile=product.compiler(programs),
     programs=programs,
+    work=work,
     about="codebooks in shared memory, replicated at will",
 )

@@ -12,7 +12,7 @@ from vqkernels.parts import code_grid
 from vqkernels.problem import Problem
 from vqkernels.space import Config, Constraint, Param
 
-__all__ = ["BLOCKS", "PARAMS", "REGISTERS", "defaults", "parts", "program"]
+__all__ = ["BLOCKS", "PARAMS", "REGISTERS", "defaults", "lane_codes", "parts", "program"]
 
 WARP = 32
 

@@ -13,11 +13,12 @@ from torch import Tensor
 from vqkernels.device import Device
 from vqkernels.kernel import Footprint, Kernel, Packed
 from vqkernels.kernels import layout
-from vqkernels.kernels.cuda import product, sweep
+from vqkernels.kernels.cuda import counts, product, sweep, sweep_work
 from vqkernels.kernels.cuda.program import Program
 from vqkernels.problem import Problem
 from vqkernels.space import Config, Param, Space
 from vqkernels.tensor import QuantizedTensor
+from vqkernels.work import Work
 
 SPACE = Space(
     params=(
@@ -108,6 +109,26 @@ def programs(config: Config, problem: Problem) -> tuple[Program, ...]:
     )
 
 
+# The share of all codes that the most used entries take, of the share that they are of all entries:
+# its power. k-means leaves nearly flat histograms: of 65,536 entries, 19 % serve 30 to 37 % of the
+# codes and 37 % serve 53 to 62 %.
+_USE = 0.65
+
+
+def work(config: Config, problem: Problem, device: Device) -> tuple[Work, ...]:
+    """Hot entries from shared memory, the others as `fused_rq` takes them."""
+    (program,) = programs(config, problem)
+    gather = counts.global_gather(problem, sweep_work.room(program, problem, device))
+    if hot := hot_entries(config, problem):
+        near, spec = counts.shared_gather(problem, 16, 1), problem.spec
+        # of the first codebook set alone
+        sets = product.book_entries(problem) // sum(spec.stages)
+        share = (hot / spec.stages[0]) ** _USE / sets
+        gather = counts.mixed(near, gather, problem, share)
+    filled = shared_bytes(config, problem)
+    return sweep_work.work(program, config, problem, device, gather, filled_bytes=filled)
+
+
 KERNEL = Kernel(
     name="vectorized",
     op="linear",
@@ -120,5 +141,6 @@ KERNEL = Kernel(
     pack=pack,
     compile=product.compiler(programs),
     programs=programs,
+    work=work,
     about="4 to 16 bytes of codes a load, whole-entry gathers, hot entries at hand",
 )

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from vqkernels.device import Device
 from vqkernels.kernel import Footprint, Kernel, Packed, Run
-from vqkernels.kernels import layout
+from vqkernels.kernels import gathers, launches, layout
+from vqkernels.kernels.access import LANES, LINE
 from vqkernels.kernels.linear import books_bytes, core_shape, sides_bytes, surround
 from vqkernels.kernels.triton import gemv, traits
 from vqkernels.kernels.triton.decode import sum_entries
@@ -25,6 +26,7 @@ from vqkernels.kernels.triton.program import Program, pointer_dtypes, shared_byt
 from vqkernels.parts import code_grid
 from vqkernels.problem import Problem
 from vqkernels.space import Config, Param, Space
+from vqkernels.work import Work
 
 SPACE = Space(
     params=(
@@ -124,6 +126,42 @@ def compile(config: Config, problem: Problem, device: Device) -> Run:
     return surround(core, problem)
 
 
+# Instructions of a thread beside its gathers: its place, masks, and the way to its store.
+_CELL = 70
+
+
+def work(config: Config, problem: Problem, device: Device) -> tuple[Work, ...]:
+    """The decode, the BLAS, and the copy into `out`."""
+    (decode,) = programs(config, problem)
+    rows, columns = code_grid(problem.spec, problem.n, problem.k)
+    length, stages = problem.spec.vector_length, len(problem.spec.stages)
+    warps, blocks = config.number("warps"), decode.grid[0] * decode.grid[1]
+    tile_cells = config.number("tile_rows") * config.number("tile_cells")
+    gather = gathers.from_global(problem, launches.l1_room(device, blocks, 0), 4)
+    lanes = tile_cells / (LANES * warps)
+    dense = rows * columns * length * problem.torch_dtype.itemsize
+    a_warp = _CELL + max(1.0, lanes) * (stages * gather.instructions + length)
+    codes = layout.codes_bytes(problem, config.text("layout"))
+    launch = Work(
+        hbm_bytes=codes
+        + gathers.packed_books(problem)
+        + launches.streamed_after_write(dense, device),
+        l2_bytes=codes
+        + rows * columns * stages * gather.l2_bytes / LANES
+        + min(blocks, device.units) * gather.held_bytes
+        + dense,
+        wavefronts=blocks * warps * lanes * stages * (gather.wavefronts + 2) + dense / LINE,
+        instructions=blocks * warps * a_warp,
+        blocks=blocks,
+        warps=warps,
+        registers=18 + int(lanes * length / 2),
+        hbm_trips=1,
+        l2_trips=gather.l2_trips,
+        shared_trips=3,
+    )
+    return launch, *launches.dense_product(problem, device), *launches.surrounding(problem)
+
+
 KERNEL = Kernel(
     name="dequant",
     op="linear",
@@ -136,6 +174,7 @@ KERNEL = Kernel(
     pack=gemv.pack,
     compile=compile,
     programs=programs,
+    work=work,
     about="decode to a dense matrix, then the BLAS",
     rounds_weights=True,
 )

@@ -56,5 +56,6 @@ KERNEL = Kernel(
     pack=gemv.pack,
     compile=gemv.compiler(programs),
     programs=programs,
+    work=gemv.worker(programs),
     about="stages summed in registers, one FMA a token",
 )

@@ -22,13 +22,14 @@ from vqkernels.device import Device
 from vqkernels.kernel import Footprint, Packed, Run
 from vqkernels.kernels import layout
 from vqkernels.kernels.linear import books_bytes, core_shape, sides_bytes, surround
-from vqkernels.kernels.triton import traits
+from vqkernels.kernels.triton import counts, traits
 from vqkernels.kernels.triton.decode import first_entry, load_entries, load_x, sum_entries
 from vqkernels.kernels.triton.program import Program, pointer_dtypes, shared_bytes
 from vqkernels.parts import code_grid
 from vqkernels.problem import Problem
 from vqkernels.space import Config, Constraint
 from vqkernels.tensor import QuantizedTensor
+from vqkernels.work import Work
 
 Programs = Callable[[Config, Problem], tuple[Program, ...]]
 
@@ -200,6 +201,24 @@ def compiler(programs: Programs) -> Callable[[Config, Problem, Device], Run]:
         return surround(core, problem)
 
     return compile
+
+
+def tile(program: Program) -> counts.Tile:
+    """What a step of `program` decodes."""
+    sizes = (int(program.constants[name]) for name in ("TILE_ROWS", "TILE_CELLS", "TOKENS"))
+    return counts.Tile(*sizes, program.num_warps)
+
+
+def worker(programs: Programs) -> Callable[[Config, Problem, Device], tuple[Work, ...]]:
+    """The `work` of a kernel file whose one program is `gemv`."""
+
+    def work(config: Config, problem: Problem, device: Device) -> tuple[Work, ...]:
+        (product,) = programs(config, problem)
+        gather, shape = counts.global_gather(problem, product, device), tile(product)
+        step = counts.gemv_step(problem, shape, gather, fused=product.constants["FUSED"])
+        return counts.products(product, problem, device, shape, step, gather)
+
+    return work
 
 
 def run_spans(product: Program, packed: Packed, x: Tensor, out: Tensor) -> None:

@@ -18,11 +18,13 @@ import triton.language as tl
 from vqkernels.device import Device
 from vqkernels.kernel import Kernel
 from vqkernels.kernels import layout
-from vqkernels.kernels.triton import gemv, traits
+from vqkernels.kernels.access import LANES, LINE
+from vqkernels.kernels.triton import counts, gemv, traits
 from vqkernels.kernels.triton.decode import first_entry, load_entries, sum_entries
 from vqkernels.kernels.triton.program import Program
 from vqkernels.problem import Problem
 from vqkernels.space import Config, Constraint, Param, Space
+from vqkernels.work import Work
 
 SPACE = Space(
     params=(
@@ -152,6 +154,39 @@ def programs(config: Config, problem: Problem) -> tuple[Program, ...]:
     return (plain.replace(function=mma, num_stages=config.number("stages")),)
 
 
+def work(config: Config, problem: Problem, device: Device) -> tuple[Work, ...]:
+    """A tile decoded into shared memory, and the tensor cores' product with every token's x."""
+    (product,) = programs(config, problem)
+    gather, tile = counts.global_gather(problem, product, device), gemv.tile(product)
+    stages, length = len(problem.spec.stages), problem.spec.vector_length
+    itemsize = problem.torch_dtype.itemsize
+    features, outputs = config.number("tile_k"), config.number("tile_outputs")
+    elements = tile.lanes * length
+    dots = 1 if config.text("stage_sum") == "registers" else stages
+    # an mma is 16 x 8 x 16, of two multiplications and additions each
+    mmas = tile.tokens * outputs * features / 2048 / tile.warps
+    # four warps' products of 64 rows are one instruction on Hopper
+    by_group = tile.tokens >= 64 and device.arch == "sm_90"
+    decoded = elements * LANES * itemsize / LINE
+    step = counts.Step(
+        60
+        + max(1.0, tile.lanes) * stages * (5 + 2 * gather.pieces)
+        + 2.4 * (stages - 1) * elements
+        + (0 if by_group else 2 * dots * mmas),
+        # entries through shared memory to their lanes, then as operands; x stored and loaded
+        tile.lanes * stages * gather.wavefronts
+        + 2 * stages * decoded
+        + 2 * dots * decoded
+        + 2 * tile.tokens * features * itemsize / LINE / tile.warps,
+        48 + int(tile.tokens * outputs / (LANES * tile.warps) + elements / 2),
+        shared_trips=4.0,
+        tensor_flops=dots * mmas * 4096,
+    )
+    # x of every pipeline stage, and what the entries of each codebook pass through
+    shared = features * itemsize * (config.number("stages") * tile.tokens + stages * outputs)
+    return counts.products(product, problem, device, tile, step, gather, shared_bytes=shared)
+
+
 KERNEL = Kernel(
     name="mma",
     op="linear",
@@ -164,6 +199,7 @@ KERNEL = Kernel(
     pack=gemv.pack,
     compile=gemv.compiler(programs),
     programs=programs,
+    work=work,
     about="decode a tile, then the tensor cores",
     rounds_weights=True,
 )

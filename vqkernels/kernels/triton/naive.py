@@ -52,5 +52,6 @@ KERNEL = Kernel(
     pack=gemv.pack,
     compile=gemv.compiler(programs),
     programs=programs,
+    work=gemv.worker(programs),
     about="one lookup a lane from the stored codes, any spec",
 )

@@ -18,13 +18,14 @@ import triton.language as tl
 
 from vqkernels.device import Device
 from vqkernels.kernel import Kernel
-from vqkernels.kernels import layout
-from vqkernels.kernels.triton import gemv, traits
+from vqkernels.kernels import gathers, layout
+from vqkernels.kernels.triton import counts, gemv, traits
 from vqkernels.kernels.triton.decode import load_code, load_x, sum_first
 from vqkernels.kernels.triton.gemv import store_sums
 from vqkernels.kernels.triton.program import Program
 from vqkernels.problem import Problem
 from vqkernels.space import Config, Param, Space
+from vqkernels.work import Work
 
 MOST_VALUES = 4096  # of a codebook on chip: 32 registers a thread of a 4-warp program in fp32
 
@@ -112,6 +113,30 @@ def programs(config: Config, problem: Problem) -> tuple[Program, ...]:
     )
 
 
+# Instructions of a step, and of an element for each 32 entries that it may lie among: a shuffle and
+# a choice, or less where one choice serves several.
+_STEP, _AMONG = 260, 1.9
+
+
+def work(config: Config, problem: Problem, device: Device) -> tuple[Work, ...]:
+    """Every stage walks the span; an element is searched among the registers of a warp."""
+    (product,) = programs(config, problem)
+    length, stages = problem.spec.vector_length, len(problem.spec.stages)
+    tile = gemv.tile(product)
+    gather = gathers.Gather(0, 0.0, 0.0, 10.0, held_bytes=gathers.packed_books(problem))
+    elements = tile.lanes * length
+    among = elements * _padded(problem) / 32
+    inputs = length if problem.spec.vector_axis == "in" else 1
+    step = counts.Step(
+        _STEP + _AMONG * among + elements * (2 + tile.tokens) + tile.tokens * inputs,
+        # a shuffle takes the way of an access
+        among + 4 * tile.lanes * length / 8 + tile.tokens * max(1.0, tile.cells * inputs / 64),
+        48 + int(elements * (tile.tokens + 1)),
+        shared_trips=4.0,
+    )
+    return counts.products(product, problem, device, tile, step, gather, turns=stages)
+
+
 KERNEL = Kernel(
     name="staged",
     op="linear",
@@ -124,5 +149,6 @@ KERNEL = Kernel(
     pack=gemv.pack,
     compile=gemv.compiler(programs),
     programs=programs,
+    work=work,
     about="codebooks on chip, gathered there",
 )

@@ -17,13 +17,14 @@ import triton.language as tl
 
 from vqkernels.device import Device
 from vqkernels.kernel import Kernel
-from vqkernels.kernels import layout
-from vqkernels.kernels.triton import gemv, traits
+from vqkernels.kernels import gathers, layout
+from vqkernels.kernels.triton import counts, gemv, traits
 from vqkernels.kernels.triton.decode import first_entry, load_x, sum_first
 from vqkernels.kernels.triton.program import Program
 from vqkernels.parts import code_grid
 from vqkernels.problem import Problem
 from vqkernels.space import Config, Constraint, Param, Space
+from vqkernels.work import Work
 
 SPACE = Space(
     params=(
@@ -216,6 +217,30 @@ def programs(config: Config, problem: Problem) -> tuple[Program, ...]:
     )
 
 
+def work(config: Config, problem: Problem, device: Device) -> tuple[Work, ...]:
+    """A lane's cells one by one, all tokens of its own; see `counts` for what the loop costs."""
+    (product,) = programs(config, problem)
+    spec = problem.spec
+    gather, tile = counts.global_gather(problem, product, device), gemv.tile(product)
+    length, stages = spec.vector_length, len(spec.stages)
+    inputs = length if spec.vector_axis == "in" else 1
+    itemsize = problem.torch_dtype.itemsize
+    x_pieces = inputs * itemsize / gathers.wide(inputs, itemsize)
+    # products of an entry, and the sum of a cell's
+    a_gather = gather.instructions + tile.tokens * (length + (spec.vector_axis == "in"))
+    # x of a cell: its accesses, its conversion, the mask and the zeros of lanes past the end
+    a_cell = tile.tokens * (x_pieces + gathers.convert(itemsize, inputs) + 3)
+    step = counts.Step(
+        8 + tile.lanes * (stages * a_gather + a_cell),
+        # a warp's x: each lane its own 16 bytes, apart by what a load of codes stands for
+        tile.lanes * (stages * gather.wavefronts + tile.tokens * x_pieces * 8),
+        # an entry, and of each token x and sums
+        40 + length * (1 + tile.tokens),
+        shared_trips=tile.lanes,
+    )
+    return counts.products(product, problem, device, tile, step, gather)
+
+
 KERNEL = Kernel(
     name="vectorized",
     op="linear",
@@ -228,5 +253,6 @@ KERNEL = Kernel(
     pack=gemv.pack,
     compile=gemv.compiler(programs),
     programs=programs,
+    work=work,
     about="16 bytes of codes a load, whole-entry loads, an FMA a stage",
 )
