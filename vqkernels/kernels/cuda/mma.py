@@ -14,7 +14,7 @@ from torch import Tensor
 
 from vqkernels.device import Device
 from vqkernels.kernel import Footprint, Kernel, Packed, Run
-from vqkernels.kernels.cuda import product
+from vqkernels.kernels.cuda import mma_work, product
 from vqkernels.kernels.cuda.program import Program
 from vqkernels.kernels.cuda.tiles import BIG, WARP, Tiling, pack_codes
 from vqkernels.kernels.cuda.vectorized import by_use
@@ -30,6 +30,7 @@ from vqkernels.kernels.linear import (
 from vqkernels.problem import Problem
 from vqkernels.space import Config, Constraint, Param, Space
 from vqkernels.tensor import QuantizedTensor
+from vqkernels.work import Work
 
 LENGTHS = (4, 8, 16, 32)
 LEAST_TOKENS = {"a": 8, "b": 16, "split": 4, "bytes": 8}
@@ -272,6 +273,12 @@ def programs(config: Config, problem: Problem) -> tuple[Program, ...]:
     )
 
 
+def work(config: Config, problem: Problem, device: Device) -> tuple[Work, ...]:
+    """Entries from shared memory, x from L1 or L2, and tensor cores that take all they give."""
+    (program,) = programs(config, problem)
+    return mma_work.work(program, Tiling(config, problem), device)
+
+
 def split_bytes(x: Tensor) -> tuple[Tensor, Tensor]:
     """x `[m, k]` as bytes `[m, k / 4, 2, 4]`, high ones and low ones, and scales `[m, 1]`.
 
@@ -314,6 +321,7 @@ KERNEL = Kernel(
     pack=pack,
     compile=compile,
     programs=programs,
+    work=work,
     about="whole entries as operands of tensor cores, k in their order",
     rounds_weights=True,
 )
