@@ -35,7 +35,8 @@ from vqkernels.work import Work
 LENGTHS = (4, 8, 16, 32)
 LEAST_TOKENS = {"a": 8, "b": 16, "split": 4, "bytes": 8}
 LEAST_GROUP = 32  # rows of W: a tile of 64 is the least that a codebook set takes up
-BLOCKS = (16, 32, 54, 64, 66, 108, 128, 132, 264, 4096)  # all and half of the units of some GPUs
+# multiprocessors of RTX 3090, A100, RTX 4090 and H100, and fewer where spans share them
+BLOCKS = (16, 32, 64, 82, 108, 128, 132, 4096)
 
 _PASS_BYTES = 48 << 10  # codes that a block reads while spans are added: 3 us at 16 B a clock
 
@@ -50,10 +51,14 @@ SPACE = Space(
         Param("warps_k", (1, 2, 4, 8, 16), "of these, along k"),
         Param("splits", (1, 2, 4, 8), "spans of k summed apart"),
         Param("depth", (1, 2, 4), "chunks of codes loaded ahead"),
-        Param("hot_entries", (0, 2048, 4096, 8192, 12288), "of over 4,096 in shared memory"),
+        Param("hot_entries", (0, 4096, 8192, 12288), "of over 4,096 in shared memory"),
         Param("blocks", BLOCKS, "at most so many blocks along the rows"),
     ),
     constraints=(
+        Constraint(
+            "stages of bytes have scales of their own",
+            lambda c: c.text("variant") != "bytes" or c.text("combine") == "mma",
+        ),
         Constraint("warps_k within warps", lambda c: c.number("warps_k") <= c.number("warps")),
         Constraint(
             "split takes 4 tokens, others an mma's at least",
@@ -133,7 +138,7 @@ def default(problem: Problem, device: Device) -> Config:
     choice = next(fit, config)
     if all(entries <= BIG for entries in problem.spec.stages):
         return choice
-    warmer = [choice.replace(hot_entries=hot) for hot in (12288, 8192, 4096, 2048)]
+    warmer = [choice.replace(hot_entries=hot) for hot in (12288, 8192, 4096)]
     return next((one for one in warmer if Tiling(one, problem).shared_bytes <= room), choice)
 
 

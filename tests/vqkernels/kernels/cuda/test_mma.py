@@ -58,7 +58,7 @@ SHAPES = (
     *((length, stages) for length in (8, 16, 32) for stages in ((256,), (250, 17), (60, 9, 30))),
     (8, (256, 256, 256, 256)),
     (8, (300, 256)),
-    (8, (5000, 256)),
+    (8, (7000, 256)),
 )
 
 
@@ -80,13 +80,13 @@ def every_choice(variant: str, axis: str) -> list[Trial]:
         changes = {
             "variant": variant,
             "tokens": least if variant == "split" else max(least, (8, 16, 32)[i % 3]),
-            "combine": ("mma", "hadd2")[i % 2],
+            "combine": ("mma", "hadd2")[i % 2 if variant != "bytes" else 0],
             "replicas": (1, 4, 8, 16)[i % 4] if case.spec.vector_length < 32 else 1,
             "warps": (4, 8)[i % 2],
             "warps_k": (1, 2, 4)[i % 3],
             "splits": (1, 2)[i // 2 % 2],
             "depth": (1, 2, 4)[i // 3 % 3],
-            "hot_entries": 2048 * (i % 2),
+            "hot_entries": 4096 * (i % 2),
         }
         m = (1, 5, 9, 17, 33)[i % 5] if variant != "split" else (1, 4, 6)[i % 3]
         dtype: Dtype = "bfloat16" if i % 4 == 1 else "float16"
@@ -131,6 +131,7 @@ def sets_trial(i: int) -> Trial:
         Case(f"sets-{i}", SETS[i], 140, 205),
         3,
         variant="bytes" if SETS[i].codebook_dtype == "int8" else "b",
+        combine="mma",
         tokens=16,
         warps=4,
         warps_k=(2, 1, 4)[i % 3],
@@ -164,7 +165,13 @@ def product_of(one: Trial, x: Tensor, monkeypatch: pytest.MonkeyPatch) -> Tensor
 
 
 def config_of(variant: str) -> dict[str, object]:
-    return {"variant": variant, "tokens": mma.LEAST_TOKENS[variant], "warps": 4, "warps_k": 2}
+    return {
+        "variant": variant,
+        "combine": "mma",
+        "tokens": mma.LEAST_TOKENS[variant],
+        "warps": 4,
+        "warps_k": 2,
+    }
 
 
 def hard(variant: str, dtype: Dtype) -> Trial:
@@ -252,15 +259,15 @@ def test_codes_are_read_whole_and_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_hot_entries_are_the_most_used(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of 5,000 entries the 2,048 at hand serve most codes; a few hundred others are used once."""
-    tensor = random_tensor(spec(8, (5000,)), 64, 512, fit=False)
+    """Of 9,000 entries the 4,096 at hand serve most codes; some hundred others are used once."""
+    tensor = random_tensor(spec(8, (9000,)), 128, 512, fit=False)
     codes = tensor.parts["codes"].int()
-    codes[:, ::4] = 4900
-    assert len(codes.unique()) > 2048 + 100
-    case = Case("skewed", tensor.spec, 64, 512)
+    codes[:, ::4] = 8900
+    assert len(codes.unique()) > 4096 + 100
+    case = Case("skewed", tensor.spec, 128, 512)
     used = tensor.replace_parts(codes=codes.to(tensor.parts["codes"].dtype))
     object.__setattr__(case, "tensor", used)
-    one = trial(case, 2, hot_entries=2048, splits=1)
+    one = trial(case, 2, hot_entries=4096, splits=1)
     report = sites(one, monkeypatch)
     gathered = [s for s in report.sites if s.kind == "shared_load" and "gather" in s.file]
     assert 0.8 * codes.numel() < sum(s.lanes for s in gathered) < codes.numel()
