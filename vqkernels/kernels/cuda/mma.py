@@ -9,6 +9,8 @@ stages are summed in fp16 first (hadd2) or each has an mma of its own, exact but
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 from torch import Tensor
 
@@ -249,6 +251,7 @@ def programs(config: Config, problem: Problem) -> tuple[Program, ...]:
         "DEPTH": config.number("depth"),
         "CODE_BYTES": tiling.code_bytes(),
         "HOT": slots.resident,
+        "BEFORE": tuple(itertools.accumulate((0, *problem.spec.stages[:-1]))),
         "SLOT": slots.slot,
         "STRIDE": slots.stride,
         "COPIES": slots.copies,
