@@ -33,7 +33,7 @@ def config(asked: Problem, **changes: Value) -> Config:
     return mma.default(asked, HOPPER).replace(**changes)
 
 
-SMALL = problem(n=128, k=1024)
+SMALL = problem(n=256, k=1024)
 SMALL_CONFIG = config(
     SMALL, variant="b", tokens=16, replicas=1, warps=4, warps_k=2, splits=1, depth=1
 )
@@ -63,8 +63,17 @@ def test_wavefronts_are_the_harness_own(report: harness.Report) -> None:
     wide = [s for s in report.sites if s.kind == "global_load" and s.width == 16]
     assert said.wavefronts == pytest.approx(shared + sum(4 * s.requests for s in wide), rel=0.03)
     gathers = total(report, "shared_load", lambda s: "gather" in s.file)
-    codes = 2 * 128 * 128
+    codes = 2 * 256 * 128
     assert gathers == pytest.approx(gather_wavefronts(16, 32, 256) * codes / 32, rel=0.03)
+
+
+def test_sums_that_warps_exchange(report: harness.Report) -> None:
+    stored = total(report, "shared_store", lambda s: s.file.endswith("mma.cuh"))
+    alone = SMALL_CONFIG.replace(warps_k=1)
+    shared, own = (mma.work(one, SMALL, HOPPER)[0] for one in (SMALL_CONFIG, alone))
+    # a block of four warps fills the codebooks for two tiles of theirs, or for four
+    fills = 2 * (shared.blocks - own.blocks) * 2 * 256 * 16 / 128
+    assert shared.wavefronts - own.wavefronts == 2 * stored + fills > 0
 
 
 def test_mma_and_codes_are_counted_once() -> None:
