@@ -45,15 +45,12 @@ VQ_CONSTANT int units_of(int rows) {
 template <class T>
 VQ_INLINE void store_block(const Arguments<T>& a, const Pack<float, Shape<T>::OUTPUTS>& values,
                            const TileRows<T>& rows, int token, int block) {
-    const auto out = global(a.out);
 #pragma unroll
     for (int i = 0; i < Shape<T>::OUTPUTS; i++) {
         const Place place = place_of<T>(block, i);
         const int row = rows.first + place.row, one = token + place.token;
         if (row < rows.last && one < a.m) {
-            const int feature = T::ALONG_IN ? row : row * T::LENGTH + place.element;
-            out.store((i64(blockIdx.z) * a.m + one) * a.width + feature,
-                      from_float<typename T::Out>(values.at[i]));
+            store_sum<T>(a, int(blockIdx.z), one, row, place.element, values.at[i]);
         }
     }
 }

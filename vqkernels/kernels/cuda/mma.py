@@ -9,12 +9,14 @@ stages are summed in fp16 first (hadd2) or each has an mma of its own, exact but
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 from torch import Tensor
 
 from vqkernels.device import Device
 from vqkernels.kernel import Footprint, Kernel, Packed, Run
-from vqkernels.kernels.cuda import around, product
+from vqkernels.kernels.cuda import around, mma_work, product
 from vqkernels.kernels.cuda.driver import Launcher
 from vqkernels.kernels.cuda.program import Program
 from vqkernels.kernels.cuda.tiles import BIG, WARP, Tiling, pack_codes
@@ -29,6 +31,7 @@ from vqkernels.kernels.linear import (
 from vqkernels.problem import Problem
 from vqkernels.space import Config, Constraint, Param, Space
 from vqkernels.tensor import QuantizedTensor
+from vqkernels.work import Work
 
 LENGTHS = (4, 8, 16, 32)
 LEAST_TOKENS = {"a": 8, "b": 16, "split": 4, "bytes": 8}
@@ -247,6 +250,7 @@ def programs(config: Config, problem: Problem) -> tuple[Program, ...]:
         "DEPTH": config.number("depth"),
         "CODE_BYTES": tiling.code_bytes(),
         "HOT": slots.resident,
+        "BEFORE": tuple(itertools.accumulate((0, *problem.spec.stages[:-1]))),
         "SLOT": slots.slot,
         "STRIDE": slots.stride,
         "COPIES": slots.copies,
@@ -262,6 +266,8 @@ def programs(config: Config, problem: Problem) -> tuple[Program, ...]:
         "SET_UNITS": tiling.set_units if several else 0,
     }
     constants["COLUMN_SETS"] = tiling.column_sets > 1
+    # of bytes, each token's scale is still to come
+    constants |= {"FINAL": False} if bytes_ else around.store(problem, spans)
     units = min(tiling.units, config.number("blocks"))
     return (
         Program(
@@ -274,6 +280,12 @@ def programs(config: Config, problem: Problem) -> tuple[Program, ...]:
             shared_bytes=tiling.shared_bytes,
         ),
     )
+
+
+def work(config: Config, problem: Problem, device: Device) -> tuple[Work, ...]:
+    """Entries from shared memory, x from L1 or L2, and tensor cores that take all they give."""
+    (program,) = programs(config, problem)
+    return mma_work.work(program, Tiling(config, problem), device)
 
 
 def split_bytes(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -317,6 +329,7 @@ KERNEL = Kernel(
     pack=pack,
     compile=compile,
     programs=programs,
+    work=work,
     about="whole entries as operands of tensor cores, k in their order",
     rounds_weights=True,
 )

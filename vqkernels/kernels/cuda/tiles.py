@@ -236,12 +236,17 @@ class Tiling:
     # ---------------------------------------------------------------------------------- the sums
 
     @property
+    def tiles(self) -> int:
+        """Groups of tokens in a pass, each those of one mma."""
+        return self.tokens // _TOKENS[self.variant]
+
+    @property
     def blocks(self) -> int:
-        """Accumulators of a lane, each of four sums (of bytes: two, for each stage)."""
+        """Accumulators of a lane, each of four sums (of bytes: for each stage)."""
         features = {"a": 4, "b": 8, "split": 8, "bytes": 8}[self.variant]
         if not self.along_in:
             features = {"a": 4, "b": 8, "split": 2}[self.variant] * self.pieces
-        return self.tokens // _TOKENS[self.variant] * features
+        return self.tiles * features
 
     @property
     def outputs(self) -> int:

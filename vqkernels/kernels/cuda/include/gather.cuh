@@ -15,6 +15,7 @@
 //     VARIANT, CODES, DEPTH             codes of a lane in a chunk; chunks loaded ahead
 //     CODE_BYTES(stage), HOT(stage)     bytes of a stored code; entries in shared memory
 //     SLOT(piece of a stage), STRIDE(stage), COPIES(stage), BY_BYTE(stage)
+//     BEFORE(stage)                     entries of a codebook set before the stage's
 //     SETS, SET_BYTES                   codebooks that a row of codes uses, and the bytes of each
 #pragma once
 
@@ -52,7 +53,8 @@ VQ_CONSTANT int lane_words(int stage) {
 template <class T>
 VQ_CONSTANT int words_before(int stage) {
     int sum = 0;
-    // a loop to STAGES, for one to `stage` is not unrolled before it is called
+    // a loop to STAGES: one to `stage` stays a loop where it is called for four stages, and keeps
+    // what calls it from being unrolled
 #pragma unroll
     for (int s = 0; s < T::STAGES; s++) sum += s < stage ? lane_words<T>(s) : 0;
     return sum;
@@ -118,7 +120,7 @@ struct Gathers {
             const int entry = code(codes, stage, number);
             if (T::HOT(stage) == 0 || entry >= T::HOT(stage)) {
                 const int before = first + set * entries_before<T>(T::STAGES);
-                const int at = before + entries_before<T>(stage) + entry;
+                const int at = before + T::BEFORE(stage) + entry;
                 return cold.template load<Piece>(i64(at) * T::LENGTH + piece * Tile<T>::PIECE);
             }
         }
@@ -139,7 +141,7 @@ VQ_INLINE void fill(const Gathers<T>& to) {
             // neighbouring threads write neighbouring copies: no two in one bank
             for (int i = int(threadIdx.x); i < T::HOT(stage) * PIECES * copies; i += T::THREADS) {
                 const int entry = i / (PIECES * copies), piece = i / copies % PIECES;
-                const int from = before + entries_before<T>(stage) + entry;
+                const int from = before + T::BEFORE(stage) + entry;
                 const int at = set * T::SET_BYTES + T::SLOT(stage * PIECES + piece) +
                                entry * T::STRIDE(stage) + i % copies * GATHER;
                 to.books.store(at, to.cold.template load<Piece>(i64(from) * T::LENGTH +

@@ -59,9 +59,7 @@ struct Arguments {
 template <class T>
 VQ_CONSTANT int entries_before(int stage) {
     int sum = 0;
-    // a loop to STAGES, for one to `stage` is not unrolled where it is called
-#pragma unroll
-    for (int s = 0; s < T::STAGES; s++) sum += s < stage ? T::entries(s) : 0;
+    for (int s = 0; s < stage; s++) sum += T::entries(s);
     return sum;
 }
 template <class T>
