@@ -119,6 +119,7 @@ def _candidates(base: Config, problem: Problem, device: Device) -> list[Config]:
     splits: dict[str, tuple[int, ...]] = {"workspace": (1, 2, 4, 8, 16)}
     if product.arch(device) >= 90:
         splits = {"workspace": (1, 16), "cluster": (2, 4, 8)}
+    tokens = base.number("tokens")
     found = [
         base.replace(warps=warps, blocks=blocks, regions=regions, split=split, splits=count)
         for warps in (8, 14, 16)
@@ -126,13 +127,14 @@ def _candidates(base: Config, problem: Problem, device: Device) -> list[Config]:
         for regions in (1, 2, 3)
         for split, counts in splits.items()
         for count in counts
-        if base.number("tokens") * blocks <= (8 if warps == 8 else _many_warps_sums(problem))
+        # of 8 warps, 8 sums a token and 8 registers of codes for each block of rows: 96 spill
+        if (blocks * (tokens + 1) <= 10 if warps == 8 else tokens * blocks <= _few_sums(problem))
     ]
     fitting = [one for one in found if shape.shared_bytes(one, problem) <= room]
     return fitting or [base]
 
 
-def _many_warps_sums(problem: Problem) -> int:
+def _few_sums(problem: Problem) -> int:
     """Most `tokens * blocks` of 14 or 16 warps: 128 registers a thread, also for a build."""
     spec = problem.spec
     return 2 if spec.vector_length <= 8 and spec.subspaces == 1 else 0
