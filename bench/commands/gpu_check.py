@@ -53,7 +53,7 @@ _COLUMNS = {
 @click.option("-w", "--workload", default="llama3-70b", help="What is timed: name or .toml file.")
 @click.option("-f", "--format", "formats", multiple=True, default=_FORMATS, help="Timed formats.")
 @click.option(
-    "-m", "ms", multiple=True, type=click.IntRange(1), default=(1, 2048, 16), help="Timed."
+    "-m", "ms", multiple=True, type=click.IntRange(1), default=(1, 8, 2048, 16), help="Timed."
 )
 @click.option("--minutes", default=9.0, help="No case is started later; it is recorded as not run.")
 @click.option("--jobs", type=click.IntRange(1), help="Processes that check; one a core.")

@@ -361,6 +361,7 @@ def block(kernel, seconds, name="aqlm-2x8", m=1, **fields):
         correctness=Correctness(worst=0, max_abs=0, relative_rms=0, controls={}),
     )
     case = {"layer": "block", "format": name, "m": m, "kernel": kernel, "steps": []}
+    case["workload"] = "llama3-70b"
     return {**case, **measured.to_dict(), **fields}
 
 
@@ -370,14 +371,42 @@ OURS = block("best", 1e-4) | {"steps": [{"kernel": "triton/mma"}, {"kernel": "cu
 @pytest.mark.parametrize(
     ("dense", "aqlm", "ends"),
     [
-        (3.01e-4, 1.31e-4, ["goal 3: met", "goal 1.3: met"]),
-        (2.99e-4, 1.29e-4, ["goal 3: missed", "goal 1.3: missed"]),
+        (5.01e-4, 2.51e-4, ["goal 5: met", "goal 2.5: met"]),
+        (4.99e-4, 2.49e-4, ["goal 5: missed", "goal 2.5: missed"]),
     ],
 )
 def test_goals_are_met_or_missed(dense, aqlm, ends):
     lines = goal_lines([OURS, block("torch/dense", dense), block("aqlm/cuda", aqlm)])
     assert [line.partition("; ")[2] for line in lines] == ends
     assert all("100.0 us (triton/mma+cuda/table)" in line for line in lines)
+
+
+def test_ours_is_the_faster_of_fused_and_not():
+    fused = block("best-fused", 0.8e-4) | {"steps": [{"kernel": "cuda/table"}]}
+    (line,) = goal_lines([OURS, fused, block("torch/dense", 4.1e-4)])
+    assert line.startswith("block aqlm-2x8 m=1: 80.0 us (cuda/table, fused), 5.12 x")
+    wrong = fused | {"status": "incorrect", "reason": "qkv: wrong", "samples_s": []}
+    (line,) = goal_lines([wrong, OURS, block("torch/dense", 4.1e-4)])
+    assert line.startswith("block aqlm-2x8 m=1: 100.0 us (triton/mma+cuda/table), 4.10 x")
+
+
+@pytest.mark.parametrize(("rate", "end"), [(1.3e12, "met"), (1.4e12, "missed")])
+def test_one_token_is_held_to_memorys_rate(rate, end):
+    (line,) = goal_lines([OURS | {"moved_bytes": 10**8, "bandwidth": {"best": rate}}])
+    assert line == f"block aqlm-2x8 m=1: {1e12 / rate:.0%} of memory's rate; goal 75%: {end}"
+
+
+@pytest.mark.parametrize(("seconds", "end"), [(1.89e-4, "met"), (1.91e-4, "missed")])
+def test_eight_tokens_are_held_to_one(seconds, end):
+    (line,) = goal_lines([OURS, block("best", seconds, m=8)])
+    ratio = seconds / 1e-4
+    assert line.endswith(f"m=8: {ratio:.2f} x the time of one token; goal at most 1.9: {end}")
+
+
+@pytest.mark.parametrize(("seconds", "end"), [(3.9e-5, "met"), (4.1e-5, "missed")])
+def test_a_small_models_block_has_a_time_of_its_own(seconds, end):
+    (line,) = goal_lines([block("best", seconds) | {"workload": "llama3-8b"}])
+    assert line == f"block aqlm-2x8 m=1: {seconds * 1e6:.1f} us; goal 40 us: {end}"
 
 
 def test_a_prompts_goal_is_a_share_of_the_baseline():
@@ -439,7 +468,7 @@ def test_the_command_checks_times_and_tells(run, tmp_path):
         ("tiny", "best"),
     }
     assert done.stdout.count("block") == 3
-    assert "goal 3: " in done.stderr
+    assert "goal 5: " in done.stderr
     assert "records: " in done.stderr
     assert "FAILED" not in done.stderr
 
