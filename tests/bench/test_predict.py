@@ -76,7 +76,7 @@ def test_one_row_a_product_and_kernel_that_counts() -> None:
     found = rows("-m", "1", "-m", "8", "-k", "cuda/*")
     assert {(row["kernel"], row["m"]) for row in found} == {
         (f"cuda/{name}", m)
-        for name in ("dequant", "fused_rq", "naive", "staged", "table", "vectorized")
+        for name in ("dequant", "fused_rq", "mma", "naive", "staged", "table", "vectorized")
         for m in (1, 8)
     }
     for row in found:

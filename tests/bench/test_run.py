@@ -348,7 +348,13 @@ def test_a_real_interrupt_keeps_the_records_and_exits_130(workload, tmp_path):
     options = ["-w", workload, "-f", "vq-16x4", "--samples", "1000000000", *folder]
     ms = [word for m in range(1, 33) for word in ("-m", str(m))]
     process = subprocess.Popen(
-        [*line, *options, *ms], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [*line, *options, *ms],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        # also where these tests are a job behind `&`: it and its children ignore Ctrl-C
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     while process.poll() is None and not any(
         path.stat().st_size for path in (tmp_path / "results").rglob("*.jsonl")
