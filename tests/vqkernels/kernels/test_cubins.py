@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -19,6 +20,7 @@ from autotune.inspection import ARCHS
 from tests.interpreter import compiling_environment
 from tests.vqkernels.kernels import keep_cubins
 from tests.vqkernels.kernels.keep_cubins import FORMATS, KEY
+from vqkernels.atomic import locked
 
 pytest.importorskip("triton", reason="Triton is not installed")
 pytest.importorskip("cuda.bindings", reason="CUDA's bindings are not installed")
@@ -31,7 +33,17 @@ TENSOR = {"HMMA", "HGMMA", "UTCHMMA"}
 
 @functools.cache
 def compiled(scope: str, folder: Path) -> list[Row]:
-    """One process compiles all rows: Triton is interpreting in this one."""
+    """One process compiles all rows, once for all that test: Triton is interpreting in this one."""
+    rows: list[Row]
+    found = folder / f"{scope}.json"
+    with locked(found):
+        if not found.exists():
+            found.write_text(_compile(scope, folder), encoding="utf-8")
+        rows = json.loads(found.read_text(encoding="utf-8"))
+    return rows
+
+
+def _compile(scope: str, folder: Path) -> str:
     done = subprocess.run(
         [sys.executable, "-m", "tests.vqkernels.kernels.keep_cubins", "--print", scope],
         cwd=ROOT,
@@ -42,13 +54,17 @@ def compiled(scope: str, folder: Path) -> list[Row]:
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    rows: list[Row] = json.loads(done.stdout)
-    return rows
+    return done.stdout
 
 
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("compiled")
+    """One for all processes that test."""
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        return tmp_path_factory.mktemp("compiled")
+    shared = tmp_path_factory.getbasetemp().parent / "compiled"
+    shared.mkdir(exist_ok=True)
+    return shared
 
 
 def name(row: Row) -> str:
