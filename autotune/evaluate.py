@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from autotune import memory, workers
-from autotune.bandwidth import Bandwidth
+from autotune.bandwidth import Bandwidth, measure_bandwidth
 from autotune.measurement import Correctness, Measurement, Status, Timer, Timing
 from autotune.subject import Buffer, Subject, make_subject
 from autotune.timers import Budget, capture, cold_copies, take_samples
@@ -337,7 +337,12 @@ def _timed(
         return Measurement(status=end.status, reason=end.reason)
     weight = sum(one.packed.nbytes for one in made)
     floor = weight / (_FLOOR_MARGIN * bandwidth.best) if bandwidth and cold else None
-    if floor is not None and sorted(samples)[len(samples) // 2] < floor:
+    median = sorted(samples)[len(samples) // 2]
+    if floor is not None and median < floor:
+        # a shared machine may have read memory slowly when it was asked: it is asked once more
+        again = measure_bandwidth(made[0].subject.device)
+        floor = min(floor, weight / (_FLOOR_MARGIN * again.best))
+    if floor is not None and median < floor:
         reason = f"median below the floor of {floor * 1e6:.3g} us: it did not do the work"
         return Measurement(status="incorrect", reason=reason)
     return dataclasses.replace(

@@ -7,6 +7,7 @@ import time
 import pytest
 import torch
 
+from autotune import evaluate as evaluation
 from autotune import memory
 from autotune.bandwidth import Bandwidth
 from autotune.evaluate import Step, check, evaluate, evaluate_steps, make_subject
@@ -136,9 +137,20 @@ def test_an_unknown_peak_is_recorded_as_unknown(subject, monkeypatch):
     assert (measured.status, measured.peak_bytes) == ("ok", None)
 
 
-def test_an_impossible_time_is_no_record(subject):
+def test_an_impossible_time_is_no_record(subject, monkeypatch):
+    monkeypatch.setattr(evaluation, "measure_bandwidth", lambda device: SLOW_MEMORY)
     measured = attempt(zoo.make_kernel(), subject, bandwidth=SLOW_MEMORY)
     assert_refused(measured, "incorrect", "below the floor")
+
+
+def test_memory_that_was_read_at_a_bad_moment_refuses_nothing(subject, monkeypatch):
+    """The floor is that of the faster reading of two; a plausible time asks for no second one."""
+    monkeypatch.setattr(evaluation, "measure_bandwidth", lambda device: FAST_MEMORY)
+    measured = attempt(zoo.make_kernel(), subject, bandwidth=SLOW_MEMORY)
+    assert measured.status == "ok"
+    assert measured.floor_s == pytest.approx(measured.weight_bytes / 1e18 / 1.25)
+    monkeypatch.setattr(evaluation, "measure_bandwidth", lambda device: pytest.fail("not asked"))
+    assert attempt(zoo.make_kernel(), subject, bandwidth=FAST_MEMORY).status == "ok"
 
 
 def test_a_weight_in_cache_has_no_floor(subject):
