@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import platform
 import subprocess
 from pathlib import Path
 from typing import Any
 
+from bench.cpu import cpu_state
+from bench.nvml import gpu_state
 from vqkernels.device import Device
 from vqkernels.kernel import library_versions
 
@@ -37,36 +38,11 @@ def project_revision() -> dict[str, Any]:
 
 
 def device_state(device: Device) -> dict[str, Any]:
-    """What changes from minute to minute: load and clocks of a CPU, NVML's figures of a GPU."""
-    if device.kind == "cuda":
-        return _gpu_state(device)
-    return {
-        "load_1m": os.getloadavg()[0],
-        "steal_ticks": _steal_ticks(),
-        "governor": _read(Path("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor")),
-        "mhz": _read(Path("/sys/devices/system/cpu/cpu0/cpufreq/scaling_cur_freq")),
-    }
+    """What changes from minute to minute; `bench.validity` judges two such states.
 
-
-def _gpu_state(device: Device) -> dict[str, Any]:
-    import pynvml
-
-    try:
-        pynvml.nvmlInit()
-        handle = pynvml.nvmlDeviceGetHandleByUUID(device.uuid)
-        state = {
-            "sm_mhz": pynvml.nvmlDeviceGetClockInfo(handle, pynvml.NVML_CLOCK_SM),
-            "memory_mhz": pynvml.nvmlDeviceGetClockInfo(handle, pynvml.NVML_CLOCK_MEM),
-            "throttle_reasons": pynvml.nvmlDeviceGetCurrentClocksThrottleReasons(handle),
-            "power_w": pynvml.nvmlDeviceGetPowerUsage(handle) / 1000,
-            "power_limit_w": pynvml.nvmlDeviceGetEnforcedPowerLimit(handle) / 1000,
-            "temperature_c": pynvml.nvmlDeviceGetTemperature(handle, pynvml.NVML_TEMPERATURE_GPU),
-            "processes": len(pynvml.nvmlDeviceGetComputeRunningProcesses(handle)),
-        }
-        pynvml.nvmlShutdown()
-    except pynvml.NVMLError as error:
-        return {"nvml_error": str(error)}
-    return state
+    Never raises: what can't be told is None, a GPU that doesn't answer has an `nvml_error`.
+    """
+    return gpu_state(device.uuid) if device.kind == "cuda" else cpu_state()
 
 
 def _git(*words: str) -> str | None:
@@ -81,16 +57,3 @@ def _git(*words: str) -> str | None:
     except (OSError, subprocess.SubprocessError):
         return None
     return done.stdout.strip()
-
-
-def _steal_ticks() -> int | None:
-    line = _read(Path("/proc/stat"))
-    fields = line.split("\n", 1)[0].split() if line else []
-    return int(fields[8]) if len(fields) > 8 else None  # ticks that the hypervisor took
-
-
-def _read(path: Path) -> str | None:
-    try:
-        return path.read_text(encoding="ascii", errors="replace").strip()
-    except OSError:
-        return None

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
+import re
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from bench.records import measurement_of
+from bench.validity import doubts, forbids
 
-__all__ = ["COLUMNS", "detail_rows", "refusals", "summary", "summary_rows"]
+__all__ = ["COLUMNS", "conditions", "detail_rows", "refusals", "summary", "summary_rows"]
 
 Record = Mapping[str, Any]
+Judge = Callable[[Record, Record], tuple[str, ...]]
 
 COLUMNS = {
     "workload": "workload",
@@ -72,6 +76,41 @@ def refusals(records: Sequence[Record]) -> dict[str, int]:
             line = f"{record['kernel']}: {record['reason']}"
             counts[line] = counts.get(line, 0) + 1
     return dict(sorted(counts.items(), key=lambda item: -item[1]))
+
+
+# A PID says which one, not how much.
+_NUMBER = re.compile(r"(?<![\w.])(?<!pid )\d+(?:\.\d+)?(?![\w.])")
+
+
+def conditions(records: Sequence[Record]) -> list[str]:
+    """Under which conditions cases ran: a line with how many are affected, then a line a reason.
+
+    Empty where nothing was odd. A reason has the range of its numbers over the cases that share it.
+    """
+    tried = [record for record in records if record["status"] != "constraint"]
+    counts, lines = [], []
+    for judge, effect in ((forbids, "allow no verdict"), (doubts, "are in doubt")):
+        found = [_reasons(judge, record) for record in tried]
+        counts.append(f"{sum(map(bool, found))} {effect}")
+        groups: dict[str, list[str]] = {}
+        for reason in itertools.chain(*found):
+            groups.setdefault(_NUMBER.sub("#", reason), []).append(reason)
+        ordered = sorted(groups.values(), key=len, reverse=True)
+        lines += [f"  {len(alike)} {effect}: {_ranged(alike)}" for alike in ordered]
+    return [f"{', '.join(counts)}, by the state of the machine", *lines] if lines else []
+
+
+def _reasons(judge: Judge, record: Record) -> tuple[str, ...]:
+    state = record.get("state") or {}
+    return judge(state.get("before") or {}, state.get("after") or {})
+
+
+def _ranged(reasons: Sequence[str]) -> str:
+    """Sentences that differ in their numbers as one, with the least and the greatest of each."""
+    columns = zip(*(_NUMBER.findall(reason) for reason in reasons), strict=True)
+    ends = [(min(column, key=float), max(column, key=float)) for column in columns]
+    ranges = iter(low if low == high else f"{low} to {high}" for low, high in ends)
+    return _NUMBER.sub(lambda _: next(ranges), reasons[0])
 
 
 def summary(records: Sequence[Record]) -> str:

@@ -8,8 +8,10 @@ import os
 import platform
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import click
 import torch
@@ -22,7 +24,10 @@ from bench.available import (
     install_command,
     preset_refusals,
 )
+from bench.cpu import cpu_state
+from bench.environment import device_state
 from bench.tables import OUTPUTS, render
+from bench.validity import doubts
 from bench.weights import weights_file
 from bench.workload import load_workload
 from vqkernels.device import Device, detect, detect_cpu, detect_gpus
@@ -35,6 +40,7 @@ TORCH = "torch==2.13.0"
 
 _PYTHON = (3, 11)
 _DISK = 256 << 20  # results take kilobytes, compiled kernels a few MB
+_LOOK_S = 0.25  # 25 ticks of each CPU
 _PCI = Path("/sys/bus/pci/devices")
 _NVIDIA = "0x10de"  # PCI vendor
 
@@ -114,6 +120,25 @@ def _check_cpu() -> Iterator[Finding]:
     yield Finding("cpu", "ok", detail)
 
 
+def _check_conditions() -> Iterator[Finding]:
+    """How the CPUs' clocks are governed, and who else uses them right now."""
+    before = cpu_state()
+    time.sleep(_LOOK_S)
+    after = cpu_state()
+    governor = after["governor"]
+    yield _condition(
+        "cpu governor",
+        governor in (None, "performance"),
+        governor or "unknown (a virtual machine has none)",
+        "sudo cpupower frequency-set -g performance",
+    )
+    odd = "; ".join(doubts(before | {"governor": None}, after | {"governor": None}))
+    detail = f"load {after['load_1m']:.2f} over the last minute; now: {odd or 'free'}"
+    yield _condition(
+        "cpu load", not odd, detail, "end what else runs, or measure when it has ended"
+    )
+
+
 def _check_numba() -> Iterator[Finding]:
     yield (found := _package("numba"))
     if found.status != "ok":
@@ -144,7 +169,63 @@ def _check_gpu() -> Iterator[Finding]:
     for gpu in gpus:
         detail = f"{gpu.name} ({gpu.arch}), {_size(gpu.memory_bytes)}, driver {gpu.driver}"
         yield Finding(f"gpu {gpu.index}", "ok", detail)
+        yield from _gpu_conditions(gpu)
     yield _torch_cuda(gpus)
+
+
+def _gpu_conditions(gpu: Device) -> Iterator[Finding]:
+    """What of a GPU's settings and users would make its times doubtful."""
+    state, name = device_state(gpu), f"gpu {gpu.index}"
+    if "nvml_error" in state:
+        detail = f"NVML: {state['nvml_error']}"
+        yield Finding(
+            f"{name} state", "problem", detail, "nvidia-smi -q  (and dmesg: look for Xid)"
+        )
+        return
+    smi = f"sudo nvidia-smi -i {gpu.uuid}"
+    modes = {True: "on", False: "off", None: "unknown"}
+    yield _condition(
+        f"{name} persistence",
+        state["persistence"] is not False,
+        modes[state["persistence"]],
+        f"{smi} -pm 1",
+    )
+    errors = state["ecc_volatile"]
+    detail = f"{modes[state['ecc']]}, uncorrected errors: {'unknown' if errors is None else errors}"
+    if state["rows_pending"]:
+        detail += ", memory waits to be replaced"
+    yield _condition(
+        f"{name} ecc", not errors and not state["rows_pending"], detail, f"{smi} --gpu-reset"
+    )
+    fix = f"{smi} -mig 0  (a slice of a GPU is not the GPU)"
+    yield _condition(f"{name} mig", not state["mig"], modes[state["mig"]], fix)
+    yield _power(name, state, smi)
+    yield _users(name, state)
+
+
+def _power(name: str, state: Mapping[str, Any], smi: str) -> Finding:
+    limit, usual = state["power_limit_w"], state["power_default_w"]
+    if limit is None or usual is None:
+        return Finding(f"{name} power limit", "ok", "unknown" if limit is None else f"{limit:g} W")
+    detail = f"{limit:g} W, by default {usual:g} W"
+    return _condition(f"{name} power limit", limit >= usual, detail, f"{smi} -pl {usual:g}")
+
+
+def _users(name: str, state: Mapping[str, Any]) -> Finding:
+    """Who else computes on the GPU, as far as it can be known."""
+    foreign = state["foreign"]
+    if foreign is None:
+        return Finding(f"{name} processes", "ok", "unknown")
+    listed = " ".join(str(process["pid"]) for process in foreign)
+    detail = f"others': {listed}" if listed else "no others'"
+    if not state["host_pids"]:
+        detail += f"; {len(state['unplaced_pids'])} unknown, and a container may hide some"
+    fix = f"wait until they have ended, or kill {listed}"
+    return _condition(f"{name} processes", not foreign, detail, fix)
+
+
+def _condition(check: str, good: bool, detail: str, fix: str) -> Finding:
+    return Finding(check, "ok" if good else "problem", detail, "" if good else fix)
 
 
 def _no_gpu(ask: Callable[[], object]) -> Finding:
@@ -260,6 +341,7 @@ _CHECKS = (
     _check_python,
     _check_torch,
     _check_cpu,
+    _check_conditions,
     _check_numba,
     _check_gpu,
     _check_gpu_packages,

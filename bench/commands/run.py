@@ -158,7 +158,7 @@ def _print(records: Sequence[dict[str, Any]], output: str, *, all_layers: bool) 
 
 
 def _explain(records: Sequence[dict[str, Any]], path: Path, console: Console) -> None:
-    """How it ended, on standard error: counts, refusals with their reasons, failures, the file."""
+    """How it ended, on standard error: counts, refusals, failures, conditions, the file."""
     lines = [report.summary(records)]
     lines += [f"  {count} x {line}" for line, count in report.refusals(records).items()]
     lines += [
@@ -166,6 +166,7 @@ def _explain(records: Sequence[dict[str, Any]], path: Path, console: Console) ->
         f"m={record['m']} {record['kernel']}: {record['status']}: {record['reason']}"
         for record in failures(records)
     ]
+    lines += report.conditions(records)
     if records:
         lines.append(f"records: {path}")
     console.print("\n".join(lines), soft_wrap=True)
