@@ -75,13 +75,16 @@ class Comparison:
     """Pairs of medians `(A, B)` in seconds of one case.
 
     noise: the ratio, above 1, by which A was seen to differ from A in this case. timer_s: the
-    least difference that the timer can tell.
+    least difference that the timer can tell. ratio, seconds: what counts in this case, where that
+    isn't the rule's.
     """
 
     name: str
     pairs: tuple[tuple[float, float], ...]
     noise: float = 1.0
     timer_s: float = 0.0
+    ratio: float | None = None
+    seconds: float | None = None
 
     def __post_init__(self) -> None:
         if len(self.pairs) < 2 or any(a <= 0 or b <= 0 for a, b in self.pairs):
@@ -223,7 +226,7 @@ def _smallest(one: Comparison, rule: Rule, level: float) -> float:
     """See Judgement: each condition, solved for the log that all pairs lack."""
     logs, median = one.logs, statistics.median(one.logs)
     reach = t_quantile(1 - level, len(logs) - 1) * one.error
-    floor, dissenters = max(rule.seconds, one.timer_s), _dissenters(len(logs), rule)
+    floor, dissenters = _floor(one, rule), _dissenters(len(logs), rule)
     lacking = max(
         math.log(_least(one, rule)) - median,
         statistics.median(math.log((a + floor) / b) for a, b in one.pairs),
@@ -284,7 +287,13 @@ def _flips(pairs: int, dissenters: int, chance: float) -> float:
 
 def _least(one: Comparison, rule: Rule) -> float:
     """The ratio below which nothing counts."""
-    return max(rule.ratio, 1 + rule.noise_factor * (one.noise - 1))
+    ratio = rule.ratio if one.ratio is None else one.ratio
+    return max(ratio, 1 + rule.noise_factor * (one.noise - 1))
+
+
+def _floor(one: Comparison, rule: Rule) -> float:
+    """The difference in seconds below which nothing counts."""
+    return max(rule.seconds if one.seconds is None else one.seconds, one.timer_s)
 
 
 def _against(one: Comparison, rule: Rule, rejected: bool) -> list[str]:
@@ -302,7 +311,7 @@ def _too_small(one: Comparison, rule: Rule) -> list[str]:
     reasons, least = [], _least(one, rule)
     if _ratio(one) <= least:
         reasons.append(f"median ratio below {least:.3f}")
-    floor = max(rule.seconds, one.timer_s)
+    floor = _floor(one, rule)
     if statistics.median(b - a for a, b in one.pairs) <= floor:
         reasons.append(f"median difference below {floor * 1e6:.3g} us")
     return reasons

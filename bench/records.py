@@ -1,7 +1,8 @@
 """Records: one JSON object a line, one file a run, under `results/<device>/`.
 
 A line is written whole and flushed before the next case starts, so an interrupted run keeps what
-it measured. `load_records` gives pandas a flat table.
+it measured. What a killed one left unfinished has no newline: readers pass over it. `load_records`
+gives pandas a flat table.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import datetime
 from io import FileIO
 from pathlib import Path
-from types import TracebackType
+from types import MappingProxyType, TracebackType
 from typing import Any
 
 import pandas as pd
@@ -60,7 +61,8 @@ class RecordFile:
     """A results file being written: `run.write(case, measurement)` adds a line.
 
     header: fields that every record carries (argv, host, device, versions). kind: what the file's
-    name ends in: the command. records: what the file holds, also after an interrupt.
+    name ends in: the command. records: what the file holds, also after an interrupt. `reopen` goes
+    on with a file that is there.
     """
 
     def __init__(self, folder: Path, header: Mapping[str, Any], kind: str = "run") -> None:
@@ -77,6 +79,24 @@ class RecordFile:
                 f"{folder}: results can't be written: {error.strerror}; "
                 f"choose another folder with --results"
             ) from error
+
+    @classmethod
+    def reopen(cls, path: Path, header: Mapping[str, Any]) -> RecordFile:
+        """Go on with the file at `path`; an unfinished line at its end is cut off.
+
+        Raises ContainerError where it can't be read or written.
+        """
+        file = cls.__new__(cls)
+        file.path, file._header = path, {"schema": SCHEMA_VERSION, **header}
+        file.records = read_records(path)
+        try:
+            file._file = FileIO(path, "r+")
+            whole = path.read_bytes().rfind(b"\n") + 1
+            file._file.truncate(whole)
+            file._file.seek(whole)
+        except OSError as error:
+            raise ContainerError(f"{path}: can't be written: {error.strerror}") from error
+        return file
 
     def _create(self, folder: Path, stamp: datetime) -> FileIO:
         number = 1
@@ -102,17 +122,26 @@ class RecordFile:
             self.path.unlink()
 
     def write(
-        self, case: Case, measurement: Measurement, state: Mapping[str, Any]
+        self,
+        case: Case,
+        measurement: Measurement,
+        state: Mapping[str, Any],
+        more: Mapping[str, Any] = MappingProxyType({}),
     ) -> dict[str, Any]:
         """Append one record and return it. `state`: of the device, before and after.
 
-        Ctrl-C waits until the line is whole and counted.
+        more: fields of this record alone, or in place of the header's. Ctrl-C waits until the line
+        is whole and counted.
         """
         with _uninterrupted():
-            return self._append(case, measurement, state)
+            return self._append(case, measurement, state, more)
 
     def _append(
-        self, case: Case, measurement: Measurement, state: Mapping[str, Any]
+        self,
+        case: Case,
+        measurement: Measurement,
+        state: Mapping[str, Any],
+        more: Mapping[str, Any],
     ) -> dict[str, Any]:
         number = len(self.records) + 1
         record = {
@@ -122,6 +151,7 @@ class RecordFile:
             **dataclasses.asdict(case),
             "state": dict(state),
             **measurement.to_dict(),
+            **more,
         }
         line = json.dumps(record, default=_plain, allow_nan=False) + "\n"
         start = self._file.tell()
@@ -171,9 +201,11 @@ def read_records(path: Path) -> list[dict[str, Any]]:
     Raises ContainerError naming the line that isn't a record of this schema.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        *lines, unfinished = path.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise ContainerError(f"{path}: can't be read: {error}; give a results file") from error
+    if unfinished and not lines:
+        raise ContainerError(f"{path}: holds no record; give a results file")
     records = []
     for number, line in enumerate(lines, 1):
         try:

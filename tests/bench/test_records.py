@@ -212,12 +212,27 @@ def test_a_record_that_lacks_what_readers_need_is_named(tmp_path, spoil):
     assert_one_line(error, str(path), "line 1")
 
 
-def test_a_truncated_file_is_no_traceback(tmp_path):
+@pytest.mark.parametrize("lost", [1, 20, 200])
+def test_a_line_that_was_never_finished_is_passed_over_and_cut_off(tmp_path, lost):
     path = write_two(tmp_path)
-    path.write_bytes(path.read_bytes()[:-20])
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-lost])
+    assert len(read_records(path)) == 1
+    with RecordFile.reopen(path, HEADER) as file:
+        assert len(file.records) == 1
+        file.write(make_case(), OK, {}, {"host": "another", "odd": 1})
+    first, second = read_records(path)
+    assert path.read_bytes().startswith(whole.split(b"\n")[0] + b"\n")
+    assert (second["id"].rpartition("/")[2], second["odd"], second["host"]) == ("2", 1, "another")
+    assert "odd" not in first
+
+
+def test_a_file_without_a_whole_line_is_named(tmp_path):
+    path = tmp_path / "run.jsonl"
+    path.write_text('{"schema": 1', encoding="utf-8")
     with pytest.raises(ContainerError) as error:
         read_records(path)
-    assert_one_line(error, "line 2")
+    assert_one_line(error, str(path), "holds no record")
 
 
 def test_another_schema_is_named(tmp_path):

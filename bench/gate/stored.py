@@ -1,0 +1,154 @@
+"""A gate against stored results: advice, since the machine of then is not the machine of now.
+
+The candidate runs in fresh processes as ever; the baseline's times come from a file, which must be
+of the same device, driver, compilers and power limit, timed in the same way.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from bench.gate.decide import Rules, conclude
+from bench.gate.journal import Round, Sample, case_name
+from bench.gate.outcome import Report
+from bench.gate.run import Options, open_session
+from bench.gate.session import Progress, SideError
+from bench.records import measurement_of, read_records
+from vqkernels.errors import BackendError
+
+__all__ = ["run_stored"]
+
+# What moves times without being the kernel: facts of a record that must be those of the candidate.
+_VERSIONS = ("torch", "numba", "llvmlite", "triton", "cuda-core", "cuda-bindings")
+
+
+def run_stored(
+    options: Options,
+    rules: Rules,
+    results: Path,
+    *,
+    strict: bool = False,
+    resume: Path | None = None,
+    progress: Progress = lambda *_: None,
+) -> Report:
+    """Measure the candidate, and hold it against `options.baseline`, a file of records.
+
+    Raises BackendError where no record of the file is comparable.
+    """
+    begun = time.monotonic()
+    stored = _stored(Path(str(options.baseline)))
+    with open_session(options, results, resume=resume, progress=progress) as (session, inputs):
+        try:
+            found = session.samples(Round("stored", 0), session.job.targets)
+        except SideError as error:
+            raise BackendError(f"candidate: {error}") from error
+        before, skipped = _matched(found, stored, str(options.baseline))
+        cases = [one for one in session.job.targets if one.name not in skipped]
+        samples = [one for one in found if one.case not in skipped]
+        conclusion = conclude(cases, [*before, *samples], [], rules)
+        return Report(
+            baseline=f"{options.baseline} (stored)",
+            candidate=session.sides["candidate"].what,
+            device=options.where.name,
+            outcomes=conclusion.outcomes,
+            skipped={**inputs.refused, **skipped, **conclusion.skipped},
+            notes=("the baseline was measured at another time: this is advice", *conclusion.notes),
+            records=str(session.journal.path),
+            seconds=time.monotonic() - begun,
+            advisory=True,
+            strict=strict,
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Stored:
+    """A case as a file has it: the median of each process, and the facts that must agree."""
+
+    medians: list[float]
+    facts: Mapping[str, Any]
+
+
+def _stored(path: Path) -> dict[str, _Stored]:
+    """What a file tells of each case: of a gate's records those of its candidate."""
+    found: dict[str, _Stored] = {}
+    for record in read_records(path):
+        if record["status"] != "ok" or record.get("gate", {}).get("side") == "baseline":
+            continue
+        name, facts = case_name(record), _facts(record)
+        known = found.setdefault(name, _Stored([], facts))
+        if differing := _differ(known.facts, facts):
+            raise BackendError(f"{path}: {name}: its records differ in {differing}; give one run's")
+        known.medians.append(measurement_of(record).median_s)
+    if not found:
+        raise BackendError(f"{path}: holds no time; give a file of `vqbench run` or `gate`")
+    return found
+
+
+def _facts(record: Mapping[str, Any]) -> dict[str, Any]:
+    device, timing = record["device"], record["timing"]
+    before = record["state"].get("before", {})
+    return {
+        "device": (device["name"], device.get("arch"), device.get("units")),
+        "driver": device.get("driver"),
+        "power limit": before.get("power_limit_w"),
+        **{name: record["versions"].get(name) for name in _VERSIONS},
+        **{name: timing[name] for name in ("timer", "cache", "threads", "pinned")},
+    }
+
+
+def _differ(one: Mapping[str, Any], other: Mapping[str, Any]) -> str | None:
+    """The first fact that isn't the same, with both values."""
+    return next(
+        (f"{name} ({value} there, {other[name]} here)" for name, value in one.items()
+         if value != other[name]),
+        None,
+    )  # fmt: skip
+
+
+def _matched(
+    found: Sequence[Sample], stored: Mapping[str, _Stored], path: str
+) -> tuple[list[Sample], dict[str, str]]:
+    """The stored times as samples that pair with `found`, and the cases that have none."""
+    before: list[Sample] = []
+    skipped: dict[str, str] = {}
+    cases: dict[str, list[Sample]] = {}
+    for one in found:
+        cases.setdefault(one.case, []).append(one)
+    for name, samples in cases.items():
+        if any(one.measurement.status != "ok" for one in samples):
+            continue  # what became wrong needs no baseline
+        if name not in stored:
+            skipped[name] = f"not in {path}"
+            continue
+        first = samples[0]
+        if differing := _differ(stored[name].facts, _sample_facts(first)):
+            skipped[name] = f"not comparable: {differing}"
+            continue
+        for one, median in zip(samples, itertools.cycle(stored[name].medians), strict=False):
+            measured = dataclasses.replace(one.measurement, samples_s=(median,))
+            before.append(
+                dataclasses.replace(
+                    one, side="baseline", measurement=measured, state={}, identity="stored"
+                )
+            )
+    if cases and len(skipped) == len(cases):
+        raise BackendError(f"{path}: no case can be compared: {next(iter(skipped.values()))}")
+    return before, skipped
+
+
+def _sample_facts(one: Sample) -> dict[str, Any]:
+    timing = one.measurement.timing
+    assert timing is not None, "what is ok was timed"
+    return _facts(
+        {
+            "device": one.device,
+            "state": one.state,
+            "versions": one.versions,
+            "timing": dataclasses.asdict(timing),
+        }
+    )
