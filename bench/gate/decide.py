@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import statistics
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from autotune.measurement import Measurement
 from autotune.verdict import Comparison, Judgement, judge, settle
@@ -140,13 +141,8 @@ class _Case:
         return None
 
     def _forbidden(self) -> str | None:
-        found = [
-            reason
-            for one in self.samples
-            for reason in forbids(one.state.get("before", {}), one.state.get("after", {}))
-        ]
-        more = f" (met {len(found)} times in {len(self.samples)} processes)"
-        return found[0] + more if found else None
+        found = [reasons for one in self.samples if (reasons := forbids(*_states(one)))]
+        return f"{found[0][0]} (in {len(found)} of {len(self.samples)} processes)" if found else None
 
     def _changed(self) -> str | None:
         for who, samples in self.sides.items():
@@ -158,11 +154,7 @@ class _Case:
 
     def doubts(self) -> tuple[str, ...]:
         """What was odd, each once."""
-        found = [
-            reason
-            for one in self.samples
-            for reason in doubts(one.state.get("before", {}), one.state.get("after", {}))
-        ]
+        found = (reason for one in self.samples for reason in doubts(*_states(one)))
         return tuple(dict.fromkeys(found))
 
     def medians(self, who: Who) -> list[float]:
@@ -179,6 +171,10 @@ class _Case:
             ratio=limits.ratio,
             seconds=limits.seconds,
         )
+
+
+def _states(one: Sample) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
+    return one.state.get("before", {}), one.state.get("after", {})
 
 
 def _cases(targets: Sequence[Target], samples: Sequence[Sample]) -> list[_Case]:
