@@ -183,6 +183,16 @@ def test_the_run_and_its_processes_are_not_foreign(monkeypatch, processes):
     assert (state["unplaced_pids"], state["host_pids"]) == ([], True)
 
 
+def test_what_started_the_run_is_foreign_to_it(monkeypatch, processes):
+    install(monkeypatch, *[Gpu(processes=(Process(RUN), Process(SHELL)))] * 2)
+    monkeypatch.setattr(os, "getpid", lambda: RUN)
+    assert [one["pid"] for one in gpu_state(UUID)["foreign"]] == [SHELL]
+    (processes / str(SHELL) / "exe").unlink()
+    (processes / str(SHELL) / "exe").symlink_to("/usr/bin/python3")  # so it might be of the run
+    monkeypatch.setattr(os, "getpid", lambda: WORKER)  # but it is too far up
+    assert [one["pid"] for one in gpu_state(UUID)["foreign"]] == [SHELL]
+
+
 def test_on_the_host_a_process_that_cannot_be_seen_is_foreign(monkeypatch, processes):
     hidden = Process(9999, memory_bytes=None)
     install(monkeypatch, Gpu(processes=(Process(WORKER), hidden)))

@@ -70,6 +70,11 @@ FORBIDDEN = {
         Gpu(processes=(Process(1, sm_percent=0),)),
         "another process computed on the GPU: pid 1, 40 % of it",
     ),
+    "now busy": (
+        Gpu(processes=(Process(1, sm_percent=0),)),
+        Gpu(processes=(Process(1, sm_percent=40),)),
+        "another process computed on the GPU: pid 1, 40 % of it",
+    ),
     "unmeasured": (
         Gpu(),
         Gpu(processes=(Process(1),), errors={"nvmlDeviceGetProcessUtilization": "NO_PERMISSION"}),
@@ -124,6 +129,7 @@ def test_counters_that_began_anew_say_nothing(gpu):
 def test_a_clock_that_fell_for_a_reason_or_in_an_idle_gpu_is_not_counted_twice(gpu):
     throttled = gpu(Gpu(), Gpu(sm_mhz=1000, reasons=0x20))
     assert forbids(*throttled) == ("GPU throttled at the end: sw_thermal",)
+    assert doubts(*gpu(Gpu(), Gpu(sm_mhz=1000))) == ()  # it is forbidden
     for script in ((Gpu(), Gpu(sm_mhz=345, reasons=1)), (Gpu(reasons=1), Gpu(sm_mhz=345))):
         states = gpu(*script)
         assert forbids(*states) == doubts(*states) == ()
@@ -133,8 +139,8 @@ DOUBTFUL = {
     "hot": (Gpu(), Gpu(margin_c=5), "the GPU is 5 degrees from being slowed down for heat"),
     "hot, of old": (
         Gpu(),
-        Gpu(temperature_c=84, errors={"nvmlDeviceGetMarginTemperature": "NOT_SUPPORTED"}),
-        "the GPU is 3 degrees from being slowed down for heat",
+        Gpu(temperature_c=85, errors={"nvmlDeviceGetMarginTemperature": "NOT_SUPPORTED"}),
+        "the GPU is 2 degrees from being slowed down for heat",
     ),
     "holder": (
         Gpu(),
