@@ -89,15 +89,17 @@ def conditions(records: Sequence[Record]) -> list[str]:
     """
     tried = [record for record in records if record["status"] != "constraint"]
     counts, lines = [], []
-    for judge, effect in ((forbids, "allow no verdict"), (doubts, "are in doubt")):
+    for judge, effect in ((forbids, "without a verdict"), (doubts, "in doubt")):
         found = [_reasons(judge, record) for record in tried]
-        counts.append(f"{sum(map(bool, found))} {effect}")
+        if any(found):
+            counts.append(f"{sum(map(bool, found))} {effect}")
         groups: dict[str, list[str]] = {}
         for reason in itertools.chain(*found):
             groups.setdefault(_NUMBER.sub("#", reason), []).append(reason)
         ordered = sorted(groups.values(), key=len, reverse=True)
         lines += [f"  {len(alike)} {effect}: {_ranged(alike)}" for alike in ordered]
-    return [f"{', '.join(counts)}, by the state of the machine", *lines] if lines else []
+    head = f"by the machine's state, of {len(tried)} cases: {', '.join(counts)}"
+    return [head, *lines] if lines else []
 
 
 def _reasons(judge: Judge, record: Record) -> tuple[str, ...]:

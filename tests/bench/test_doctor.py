@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 import tomllib
+from collections.abc import Callable
 from itertools import chain
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,6 +19,8 @@ from click.testing import CliRunner
 from bench.available import PACKAGES, Package, check_package, install_command
 from bench.cli import cli
 from bench.commands import doctor
+from bench.nvml import _open
+from tests.bench.fake_nvml import UUID, Gpu, Process, install
 from vqkernels.device import Device
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -32,6 +35,12 @@ sys.meta_path.insert(0, Block())
 from bench.cli import main
 main()
 """
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "_LOOK_S", 0.0)
+    _open.cache_clear()
 
 
 def examine() -> tuple[int, dict[str, dict[str, Any]]]:
@@ -50,6 +59,7 @@ def gpu(**fields: Any) -> Device:
             "llc_bytes": 50 << 20,
             "memory_bytes": 80 << 30,
             "driver": "580.1",
+            "uuid": UUID,
             **fields,
         }
     )
@@ -122,6 +132,108 @@ def test_gpu_that_torch_can_use(monkeypatch: pytest.MonkeyPatch) -> None:
     assert code == 0
     assert found["torch and gpu"]["detail"] == "torch can use 2 of 2 GPUs"
     assert "580.1" in found["gpu 1"]["detail"]
+
+
+@pytest.fixture
+def found(monkeypatch: pytest.MonkeyPatch) -> Callable[[Gpu], dict[str, dict[str, Any]]]:
+    """What doctor finds of a GPU as NVML reports it; nothing of it stops a run."""
+
+    def look(seen: Gpu) -> dict[str, dict[str, Any]]:
+        _open.cache_clear()
+        install(monkeypatch, seen)
+        monkeypatch.setattr(doctor, "detect_gpus", lambda: [gpu()])
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        code, checks = examine()
+        assert code == 0
+        return {name.removeprefix("gpu 0 "): row for name, row in checks.items()}
+
+    return look
+
+
+def test_a_gpu_fit_for_measuring(found: Callable[[Gpu], dict[str, dict[str, Any]]]) -> None:
+    checks = found(Gpu())
+    names = ("persistence", "ecc", "mig", "power limit", "processes")
+    assert [checks[name]["status"] for name in names] == ["ok"] * 5
+    assert not any(checks[name]["fix"] for name in names)
+    assert checks["power limit"]["detail"] == "700 W, by default 700 W"
+
+
+@pytest.mark.parametrize(
+    ("seen", "check", "detail", "fix"),
+    [
+        (Gpu(persistence=False), "persistence", "off", "sudo nvidia-smi -i GPU-b -pm 1"),
+        (Gpu(ecc_volatile=2), "ecc", "on, uncorrected errors: 2", "--gpu-reset"),
+        (Gpu(rows_pending=True), "ecc", "memory waits to be replaced", "--gpu-reset"),
+        (Gpu(mig=True), "mig", "on", "-mig 0"),
+        (Gpu(limit_w=400), "power limit", "400 W, by default 700 W", "-pl 700"),
+        (Gpu(processes=(Process(1), Process(2))), "processes", "others': 1 2", "or kill 1 2"),
+        (Gpu(lost=True), "state", "NVML: GPU is lost", "nvidia-smi -q"),
+    ],
+)
+def test_what_makes_a_gpus_times_doubtful_has_a_fix(
+    found: Callable[[Gpu], dict[str, dict[str, Any]]],
+    monkeypatch: pytest.MonkeyPatch,
+    seen: Gpu,
+    check: str,
+    detail: str,
+    fix: str,
+) -> None:
+    monkeypatch.setattr("bench.nvml._sees_host_pids", lambda: True)
+    finding = found(seen)[check]
+    assert finding["status"] == "problem"
+    assert detail in finding["detail"]
+    assert fix in finding["fix"]
+
+
+def test_what_a_gpu_does_not_tell_is_unknown_and_no_problem(
+    found: Callable[[Gpu], dict[str, dict[str, Any]]],
+) -> None:
+    names = ("MigMode", "PersistenceMode", "EccMode", "TotalEccErrors", "EnforcedPowerLimit")
+    lists = ("ComputeRunningProcesses", "MPSComputeRunningProcesses")
+    errors = {f"nvmlDeviceGet{name}": "NOT_SUPPORTED" for name in (*names, *lists)}
+    checks = found(Gpu(errors=errors))
+    for name in ("persistence", "ecc", "mig", "power limit", "processes"):
+        assert checks[name]["status"] == "ok"
+        assert "unknown" in checks[name]["detail"]
+
+
+def test_a_container_hides_processes(
+    found: Callable[[Gpu], dict[str, dict[str, Any]]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("bench.nvml._sees_host_pids", lambda: False)
+    hidden = Process(4_194_305)  # beyond the kernel's highest PID
+    finding = found(Gpu(processes=(hidden,)))["processes"]
+    assert finding["detail"] == "no others'; 1 unknown, and a container may hide some"
+
+
+def test_cpus_that_others_use_and_a_governor_that_saves(monkeypatch: pytest.MonkeyPatch) -> None:
+    quiet = {
+        "load_1m": 1.5,
+        "governor": None,
+        "busy_ticks": 0,
+        "idle_ticks": 0,
+        "steal_ticks": 0,
+        "own_cpu_s": 0.0,
+    }
+    busy = {"busy_ticks": 30, "idle_ticks": 70, "own_cpu_s": 0.05}
+
+    def look(**last: object) -> dict[str, dict[str, Any]]:
+        states = iter([quiet | {"governor": last.get("governor")}, quiet | last])
+        monkeypatch.setattr(doctor, "cpu_state", lambda: next(states))
+        return examine()[1]
+
+    found = look(**busy, governor="powersave")
+    assert found["cpu load"]["status"] == found["cpu governor"]["status"] == "problem"
+    assert found["cpu load"]["detail"] == (
+        "load 1.50 over the last minute; now: others used 25 % of the CPUs"
+    )
+    assert "end what else runs" in found["cpu load"]["fix"]
+    assert "cpupower" in found["cpu governor"]["fix"]
+    found = look(**busy | {"busy_ticks": 6})
+    assert found["cpu load"]["status"] == found["cpu governor"]["status"] == "ok"
+    assert found["cpu load"]["detail"].endswith("now: free")
+    assert "unknown" in found["cpu governor"]["detail"]
+    assert look(governor="performance")["cpu governor"]["status"] == "ok"
 
 
 def test_gpu_without_a_driver(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -1,7 +1,6 @@
 import dataclasses
 import json
 import subprocess
-import types
 from pathlib import Path
 
 import pytest
@@ -9,8 +8,7 @@ import pytest
 from bench import environment
 from bench.environment import describe_host, device_state, project_revision
 from tests.autotune.zoo import DEVICE
-
-GPU = dataclasses.replace(DEVICE, kind="cuda", index=1, uuid="GPU-b")
+from tests.bench import fake_nvml
 
 
 def git(folder: Path, *words: str) -> None:
@@ -68,72 +66,8 @@ def test_the_head_of_a_record_says_where_it_ran():
     assert json.loads(json.dumps(host, allow_nan=False)) == host
 
 
-def test_the_state_of_a_cpu():
-    state = device_state(DEVICE)
-    assert set(state) == {"load_1m", "steal_ticks", "governor", "mhz"}
-    assert state["load_1m"] >= 0
-    assert state["steal_ticks"] is None or state["steal_ticks"] >= 0
-    assert json.dumps(state)
-
-
-def test_steal_is_the_eighth_figure(monkeypatch):
-    lines = "cpu  1 2 3 4 5 6 7 88 9 10\ncpu0 1 1 1 1 1 1 1 1 1 1"
-    monkeypatch.setattr(environment, "_read", lambda path: lines)
-    assert device_state(DEVICE)["steal_ticks"] == 88
-    monkeypatch.setattr(environment, "_read", lambda path: None)
-    assert device_state(DEVICE)["steal_ticks"] is None
-
-
-@pytest.fixture
-def nvml(monkeypatch):
-    """A fake pynvml that answers for that GPU only."""
-
-    class NVMLError(Exception):
-        pass
-
-    def handle(uuid):
-        if uuid != GPU.uuid:
-            raise NVMLError("no such GPU")
-        return "handle"
-
-    answers = {
-        "nvmlDeviceGetClockInfo": lambda handle, kind: {"sm": 1980, "mem": 2619}[kind],
-        "nvmlDeviceGetCurrentClocksThrottleReasons": lambda handle: 4,
-        "nvmlDeviceGetPowerUsage": lambda handle: 123_456,
-        "nvmlDeviceGetEnforcedPowerLimit": lambda handle: 700_000,
-        "nvmlDeviceGetTemperature": lambda handle, kind: 41,
-        "nvmlDeviceGetComputeRunningProcesses": lambda handle: [object()] * 2,
-    }
-    fake = types.SimpleNamespace(
-        NVMLError=NVMLError,
-        NVML_CLOCK_SM="sm",
-        NVML_CLOCK_MEM="mem",
-        NVML_TEMPERATURE_GPU="gpu",
-        nvmlInit=lambda: None,
-        nvmlShutdown=lambda: None,
-        nvmlDeviceGetHandleByUUID=handle,
-        **answers,
-    )
-    monkeypatch.setitem(__import__("sys").modules, "pynvml", fake)
-    return fake
-
-
-def test_the_state_of_a_gpu_in_watts_and_megahertz(nvml):
-    assert device_state(GPU) == {
-        "sm_mhz": 1980,
-        "memory_mhz": 2619,
-        "throttle_reasons": 4,
-        "power_w": 123.456,
-        "power_limit_w": 700.0,
-        "temperature_c": 41,
-        "processes": 2,
-    }
-
-
-@pytest.mark.parametrize("call", ["nvmlInit", "nvmlDeviceGetPowerUsage"])
-def test_a_gpu_that_does_not_answer_is_recorded_as_such(nvml, monkeypatch, call):
-    def fail(*_):
-        raise nvml.NVMLError("GPU is lost")
-
-    monkeypatch.setattr(nvml, call, fail)
-    assert device_state(GPU) == {"nvml_error": "GPU is lost"}
+def test_the_state_of_a_device_is_its_kinds_own(monkeypatch):
+    fake_nvml.install(monkeypatch)
+    gpu = dataclasses.replace(DEVICE, kind="cuda", index=1, uuid=fake_nvml.UUID)
+    assert device_state(gpu)["sm_mhz"] == 1980
+    assert device_state(DEVICE)["load_1m"] >= 0

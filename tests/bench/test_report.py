@@ -236,3 +236,56 @@ def test_other_activations_are_another_baseline():
 def test_a_block_has_no_shape():
     (row,) = report.summary_rows([record(seconds=1.0, layer="block", n=None, k=None)])
     assert row["layer"] == "block"
+
+
+def state(busy=100, own=0.9, **fields):
+    """Two CPUs that were used for half of a second, and by whom."""
+    before = {"busy_ticks": 0, "idle_ticks": 0, "steal_ticks": 0, "own_cpu_s": 1.0}
+    after = {"busy_ticks": busy, "idle_ticks": 200 - busy, "steal_ticks": 0, "own_cpu_s": 1.0 + own}
+    return {"before": before, "after": after | fields}
+
+
+def test_conditions_count_what_is_odd_with_the_range_of_its_numbers():
+    states = [state(), state(own=0.5), state(own=0.2), state(own=0.7), state(throttle_reasons=32)]
+    records = [record(seconds=1.0, state=one) for one in states]
+    assert report.conditions(records) == [
+        "by the machine's state, of 5 cases: 1 without a verdict, 3 in doubt",
+        "  1 without a verdict: GPU throttled at the end: sw_thermal",
+        "  3 in doubt: others used 15 to 40 % of the CPUs",
+    ]
+
+
+def test_a_case_with_two_reasons_is_one_case_and_two_lines():
+    both = state(own=0.5, throttle_reasons=32, power_limit_w=400.0)
+    both["before"]["power_limit_w"] = 700.0
+    lines = report.conditions([record(status="runtime", reason="why", state=both)])
+    assert lines[0] == "by the machine's state, of 1 cases: 1 without a verdict, 1 in doubt"
+    assert [line.partition(": ")[2] for line in lines[1:]] == [
+        "GPU throttled at the end: sw_thermal",
+        "power limit changed: 700 W to 400 W",
+        "others used 25 % of the CPUs",
+    ]
+
+
+def test_a_pid_is_no_number_to_give_a_range_of():
+    users = [{"pid": pid, "memory_bytes": None, "sm_percent": pid} for pid in (10, 20, 20)]
+    records = [record(seconds=1.0, state=state(foreign=[user])) for user in users]
+    assert report.conditions(records)[1:] == [
+        "  2 without a verdict: another process computed on the GPU: pid 20, 20 % of it",
+        "  1 without a verdict: another process computed on the GPU: pid 10, 10 % of it",
+    ]
+
+
+@pytest.mark.parametrize("fields", [{}, {"state": {}}, {"state": {"before": {}}}, {"state": None}])
+def test_without_a_state_nothing_is_odd(fields):
+    assert report.conditions([record(seconds=1.0, **fields)]) == []
+
+
+def test_nothing_forbidden_is_not_counted():
+    lines = report.conditions([record(seconds=1.0, state=state(own=0.5)), record(seconds=1.0)])
+    assert lines[0] == "by the machine's state, of 2 cases: 1 in doubt"
+
+
+def test_conditions_of_a_refusal_do_not_count():
+    assert report.conditions([refused("a", "no", state=state(own=0.1))]) == []
+    assert report.conditions([]) == []

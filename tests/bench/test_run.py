@@ -115,6 +115,19 @@ def test_a_record_tells_how_it_came_about(run, workload, tmp_path):
     assert second["id"].endswith("/2")
 
 
+def test_a_throttled_gpu_is_recorded_and_said(run, workload, tmp_path, monkeypatch):
+    states = ({"throttle_reasons": bits} for bits in [0, 0, 0, 0x40] * CASES)
+    monkeypatch.setattr(bench.run, "device_state", lambda device: next(states))
+    done = run("-w", workload, *SELECTION)
+    assert done.exit_code == 0
+    assert [record["state"]["after"]["throttle_reasons"] for record in results(tmp_path)] == [
+        0,
+        0x40,
+    ] * (CASES // 2)
+    said = f"  {CASES // 2} without a verdict: GPU throttled at the end: hw_thermal"
+    assert said in done.stderr.splitlines()
+
+
 def test_fused_layers_are_run_as_one(run, tmp_path):
     path = tmp_path / "pair.toml"
     layer = '[[layer]]\nname = "{}"\nn = {}\nk = 64\n'
