@@ -64,7 +64,8 @@ class Report:
     baseline, candidate: what was compared, in words (a commit, a folder, a config). skipped: cases
     that there is nothing to compare in, with the reason. advisory: held against a stored baseline,
     which no verdict may fail a build on. notes: what a reader should know of the whole. records:
-    the file of all samples. seconds: that it took. strict: what is inconclusive fails too.
+    the file of all samples. seconds: that it took. strict: what is inconclusive fails too. host:
+    where it ran. started: when, as ISO 8601.
     """
 
     baseline: str
@@ -77,6 +78,8 @@ class Report:
     seconds: float = 0.0
     advisory: bool = False
     strict: bool = False
+    host: str = ""
+    started: str = ""
 
     @property
     def counts(self) -> dict[str, int]:
@@ -91,14 +94,19 @@ class Report:
         The gravest wins: wrong results, then a regression. Advice fails no build, unless results
         are wrong.
         """
-        verdicts = {one.verdict for one in self.outcomes}
-        if any(one.wrong for one in self.outcomes):
+        codes = {self.code_of(one) for one in self.outcomes}
+        grave = (EXIT[name] for name in ("wrong", "regressed", "invalid"))
+        return next((code for code in grave if code in codes), EXIT["pass"])
+
+    def code_of(self, one: Outcome) -> int:
+        """The exit code that this case alone would give."""
+        if one.wrong:
             return EXIT["wrong"]
         if self.advisory:
             return EXIT["pass"]
-        if "REGRESSED" in verdicts:
+        if one.verdict == "REGRESSED":
             return EXIT["regressed"]
-        if "INVALID" in verdicts or (self.strict and "INCONCLUSIVE" in verdicts):
+        if one.verdict == "INVALID" or (self.strict and one.verdict == "INCONCLUSIVE"):
             return EXIT["invalid"]
         return EXIT["pass"]
 
