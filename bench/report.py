@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import itertools
-import re
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from bench.records import measurement_of
-from bench.validity import doubts, forbids
+from bench.validity import doubts, forbids, grouped
 
 __all__ = ["COLUMNS", "conditions", "detail_rows", "refusals", "summary", "summary_rows"]
 
@@ -78,10 +76,6 @@ def refusals(records: Sequence[Record]) -> dict[str, int]:
     return dict(sorted(counts.items(), key=lambda item: -item[1]))
 
 
-# A PID says which one, not how much.
-_NUMBER = re.compile(r"(?<![\w.])(?<!pid )\d+(?:\.\d+)?(?![\w.])")
-
-
 def conditions(records: Sequence[Record]) -> list[str]:
     """Under which conditions cases ran: a line with how many are affected, then a line a reason.
 
@@ -93,11 +87,7 @@ def conditions(records: Sequence[Record]) -> list[str]:
         found = [_reasons(judge, record) for record in tried]
         if any(found):
             counts.append(f"{sum(map(bool, found))} {effect}")
-        groups: dict[str, list[str]] = {}
-        for reason in itertools.chain(*found):
-            groups.setdefault(_NUMBER.sub("#", reason), []).append(reason)
-        ordered = sorted(groups.values(), key=len, reverse=True)
-        lines += [f"  {len(alike)} {effect}: {_ranged(alike)}" for alike in ordered]
+        lines += [f"  {count} {effect}: {reason}" for reason, count in grouped(found).items()]
     head = f"by the machine's state, of {len(tried)} cases: {', '.join(counts)}"
     return [head, *lines] if lines else []
 
@@ -105,14 +95,6 @@ def conditions(records: Sequence[Record]) -> list[str]:
 def _reasons(judge: Judge, record: Record) -> tuple[str, ...]:
     state = record.get("state") or {}
     return judge(state.get("before") or {}, state.get("after") or {})
-
-
-def _ranged(reasons: Sequence[str]) -> str:
-    """Sentences that differ in their numbers as one, with the least and the greatest of each."""
-    columns = zip(*(_NUMBER.findall(reason) for reason in reasons), strict=True)
-    ends = [(min(column, key=float), max(column, key=float)) for column in columns]
-    ranges = iter(low if low == high else f"{low} to {high}" for low, high in ends)
-    return _NUMBER.sub(lambda _: next(ranges), reasons[0])
 
 
 def summary(records: Sequence[Record]) -> str:

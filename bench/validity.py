@@ -7,12 +7,14 @@ doesn't tell is unknown and gives no reason. Each reason is one sentence with it
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from bench.nvml import THROTTLING, throttle_names
 
-__all__ = ["changed", "doubts", "forbids"]
+__all__ = ["changed", "doubts", "forbids", "grouped"]
 
 State = Mapping[str, Any]
 
@@ -58,6 +60,9 @@ _COUNTERS = {
     "throttled_thermal_s": "thermal",
     "throttled_board_s": "board limit",
 }
+
+# A PID says which one, not how much.
+_NUMBER = re.compile(r"(?<![\w.])(?<!pid )\d+(?:\.\d+)?(?![\w.])")
 
 
 def forbids(before: State, after: State) -> tuple[str, ...]:
@@ -220,3 +225,28 @@ def _cpu_clock(before: State, after: State) -> Iterator[str]:
     for governor in sorted({before.get("governor") or "", after.get("governor") or ""}):
         if governor not in ("", "performance"):
             yield f"the CPUs' governor is {governor}, not performance"
+
+
+def grouped(found: Iterable[Iterable[str]]) -> dict[str, int]:
+    """How many of `found` have each reason, the most frequent first.
+
+    Reasons that differ in their numbers alone are one, with the least and the greatest of each.
+    """
+    alike: dict[str, list[str]] = {}
+    counts = Counter[str]()
+    for reasons in found:
+        kinds = set()
+        for reason in reasons:
+            kind = _NUMBER.sub("#", reason)
+            alike.setdefault(kind, []).append(reason)
+            kinds.add(kind)
+        counts.update(sorted(kinds))
+    return {_ranged(alike[kind]): count for kind, count in counts.most_common()}
+
+
+def _ranged(reasons: Sequence[str]) -> str:
+    """Sentences that differ in their numbers as one, with the least and the greatest of each."""
+    columns = zip(*(_NUMBER.findall(reason) for reason in reasons), strict=True)
+    ends = [(min(column, key=float), max(column, key=float)) for column in columns]
+    ranges = iter(low if low == high else f"{low} to {high}" for low, high in ends)
+    return _NUMBER.sub(lambda _: next(ranges), reasons[0])

@@ -142,7 +142,9 @@ class _Case:
 
     def _forbidden(self) -> str | None:
         found = [reasons for one in self.samples if (reasons := forbids(*_states(one)))]
-        return f"{found[0][0]} (in {len(found)} of {len(self.samples)} processes)" if found else None
+        return (
+            f"{found[0][0]} (in {len(found)} of {len(self.samples)} processes)" if found else None
+        )
 
     def _changed(self) -> str | None:
         for who, samples in self.sides.items():

@@ -22,6 +22,7 @@ from bench.gate.noise import Machine, Noise, measured
 from bench.gate.run import Options, open_session
 from bench.gate.session import Progress, Session
 from bench.gate.shares import shares
+from bench.validity import grouped
 
 __all__ = ["Selfcheck", "run_selfcheck"]
 
@@ -100,8 +101,8 @@ def _conclude(
         for floors, found in (("no", bare), ("yes", known))
         for effect, counts in _counts(found).items()
     ]
-    odd = Counter(reason for _, one in known for case in one.outcomes for reason in case.doubts)
-    return Selfcheck(rows=tuple(rows), noise=noise, doubts=dict(odd), records=records)
+    odd = grouped(case.doubts for _, one in known for case in one.outcomes)
+    return Selfcheck(rows=tuple(rows), noise=noise, doubts=odd, records=records)
 
 
 _Judged = Sequence[tuple[float, Conclusion]]

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Iterable
 
 from bench.gate.outcome import EXIT, Outcome, Report
+from bench.validity import grouped
 
 __all__ = [
     "ADVICE",
@@ -130,8 +131,7 @@ def _percent(ratio: float) -> str:
 
 def doubts(report: Report) -> dict[str, int]:
     """In how many cases each doubt came up, the most frequent first."""
-    found = Counter(plain(text) for one in report.outcomes for text in dict.fromkeys(one.doubts))
-    return dict(found.most_common())
+    return grouped([plain(text) for text in one.doubts] for one in report.outcomes)
 
 
 def skipped(report: Report) -> dict[str, list[str]]:

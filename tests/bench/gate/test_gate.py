@@ -147,9 +147,7 @@ def test_a_machine_that_forbids_a_verdict(monkeypatch, tmp_path, state):
 
 def test_a_machine_that_forbids_what_was_confirmed(monkeypatch, tmp_path):
     lost = {"before": {}, "after": {"nvml_error": "GPU is lost"}}
-    fake = Fake(
-        {"numba/slow": 1.2}, states=lambda number: lost if number == 20 else {"after": {}}
-    )
+    fake = Fake({"numba/slow": 1.2}, states=lambda number: lost if number == 20 else {"after": {}})
     (outcome,) = gate(monkeypatch, tmp_path, fake).outcomes
     assert outcome.verdict == "INVALID"
 
@@ -160,7 +158,10 @@ def test_another_device_within_a_call(monkeypatch, tmp_path):
         device=lambda number: {**DEVICE, "uuid": "other"} if number == 3 else DEVICE,
     )
     (outcome,) = gate(monkeypatch, tmp_path, fake).outcomes
-    assert (outcome.verdict, outcome.reason) == ("INVALID", "its processes ran on different devices")
+    assert (outcome.verdict, outcome.reason) == (
+        "INVALID",
+        "its processes ran on different devices",
+    )
 
 
 def test_code_that_changes_under_the_gate(monkeypatch, tmp_path):

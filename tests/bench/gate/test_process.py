@@ -119,6 +119,7 @@ def test_a_process_measures_its_own_sides_code(tmp_path, job, planted):
     assert lost.measured[0].measurement.reason == ABSENT
 
 
+@pytest.mark.sweep
 def test_a_process_that_hangs_is_ended(tmp_path, job, planted, monkeypatch):
     monkeypatch.setattr(process, "START_S", 8.0)
     monkeypatch.setattr(process, "CASE_S", 0.0)
@@ -131,13 +132,15 @@ def test_a_process_that_hangs_is_ended(tmp_path, job, planted, monkeypatch):
 def test_other_code_than_the_sides_own_is_never_compared(tmp_path, job):
     harness = write_harness(tmp_path / "harness")
     side = dataclasses.replace(running(), what="side", root=str(tmp_path))
-    with pytest.raises(BackendError, match="side: its process found vqkernels in .*, not in"):
+    with pytest.raises(BackendError, match=r"side: its process found vqkernels in .*, not in"):
         measure(side, job, harness)
     broken = tmp_path / "broken" / "vqkernels"
     broken.mkdir(parents=True)
     (broken / "__init__.py").write_text("raise ImportError('older than this harness')")
     side = dataclasses.replace(side, path=(str(broken.parent),))
-    with pytest.raises(BackendError, match="can't measure: .*ImportError: older than this harness"):
+    with pytest.raises(
+        BackendError, match=r"can't measure: .*ImportError: older than this harness"
+    ):
         measure(side, job, harness)
     with pytest.raises(BackendError, match="can't be started"):
         measure(dataclasses.replace(side, python="/no/python"), job, harness)
@@ -151,7 +154,8 @@ def test_a_gate_that_is_killed_leaves_no_process(tmp_path, job, planted):
     harness = write_harness(tmp_path / "harness")
     parent = (
         "import subprocess, sys, time\n"
-        "child = subprocess.Popen([sys.executable, '-P', '-m', 'bench.gate.measure', *sys.argv[1:]])\n"
+        "words = [sys.executable, '-P', '-m', 'bench.gate.measure', *sys.argv[1:]]\n"
+        "child = subprocess.Popen(words)\n"
         "print(child.pid, flush=True)\n"
         "time.sleep(600)\n"
     )

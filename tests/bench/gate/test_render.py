@@ -150,7 +150,7 @@ def test_markdown_folds_what_is_long():
     quiet = [outcome("PASS", f"p{i}") for i in range(11)]
     loud = [outcome("INCONCLUSIVE", f"i{i}") for i in range(11)]
     skipped = {f"s{i}": "a <new> | kernel" for i in range(20)}
-    doubtful = [outcome("PASS", doubts=(f"doubt {i}",)) for i in range(11)]
+    doubtful = [outcome("PASS", doubts=(f"doubt {'i' * i}",)) for i in range(11)]
     page = Page(
         render.markdown(report(*quiet, *loud, *doubtful, skipped=skipped, notes=["n"] * 11))
     )
