@@ -245,6 +245,9 @@ def test_what_is_no_suspect_is_judged_as_before() -> None:
     settled = settle(first, [])
     assert [one.verdict for one in settled] == [one.verdict for one in judge(first)]
     assert [one.verdict for one in settled] == ["PASS", "FASTER", "INCONCLUSIVE"]
+    # to be found in two rounds it has to be larger than for one
+    alone = [judge([one])[0].smallest for one in first]
+    assert all(one.smallest > once for one, once in zip(settled, alone, strict=True))
 
 
 @pytest.mark.parametrize(
