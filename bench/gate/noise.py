@@ -190,7 +190,7 @@ def load(path: Path | None, device: Device) -> Noise | None:
     """
     machine = Machine.of(device)
     file = place(path, machine)
-    return _load(file, machine) if file.exists() else None
+    return _load(file, machine) if _exists(file) else None
 
 
 def merge(old: Noise, new: Noise) -> Noise:
@@ -210,11 +210,20 @@ def save(noise: Noise, path: Path | None = None) -> Path:
     except OSError as error:
         raise ContainerError(f"{file}: {error.strerror}; choose another folder") from error
     with locked(file):
-        if file.exists():
+        if _exists(file):
             noise = merge(_load(file, noise.machine), noise)
         text = json.dumps(noise.to_dict(), indent=1, allow_nan=False)
         write_atomically(file, [text.encode() + b"\n"])
     return file
+
+
+def _exists(file: Path) -> bool:
+    try:
+        return file.exists()
+    except OSError as error:
+        raise ContainerError(
+            f"{file}: {error.strerror}; choose a folder that you may read"
+        ) from error
 
 
 def _load(file: Path, machine: Machine) -> Noise:

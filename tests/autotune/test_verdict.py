@@ -11,7 +11,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from autotune.verdict import Comparison, Rule, holm, judge, t_quantile, t_tail
+from autotune.verdict import (
+    Comparison,
+    Judgement,
+    Rule,
+    detectable,
+    holm,
+    judge,
+    settle,
+    suspects,
+    t_quantile,
+    t_tail,
+)
 
 STEADY = (1.0, 1.001, 0.999, 1.0005, 0.9995, 1.0, 1.0002)
 
@@ -49,6 +60,7 @@ def test_holm_rejects_what_adjusted_p_values_do(tails: list[float]) -> None:
     for fell, p in zip(rejected, adjusted, strict=True):
         assert fell == (p <= 0.05) or math.isclose(p, 0.05, rel_tol=1e-12)
     assert min(levels) == pytest.approx(0.05 / len(tails))
+    assert rejected == [p <= level for p, level in zip(tails, levels, strict=True)]
 
 
 def test_clear_cases() -> None:
@@ -95,13 +107,24 @@ def test_holm_goes_over_all_comparisons() -> None:
     assert judge([borderline, *quiet])[0].verdict == "INCONCLUSIVE"
 
 
-def test_the_smallest_effect_would_have_been_seen() -> None:
-    spread = (0.96, 1.04, 0.98, 1.02, 0.94, 1.06, 1.0)
-    (judgement,) = judge([compared(1.0, spread)], Rule(dissenters=3))
-    assert judgement.smallest > 1.03
-    seen, unseen = (compared(judgement.smallest * by, spread) for by in (1.005, 0.99))
-    assert verdict(seen, Rule(dissenters=3)) == "REGRESSED"
-    assert verdict(unseen, Rule(dissenters=3)) != "REGRESSED"
+@given(
+    st.lists(st.floats(0.9, 1.2), min_size=7, max_size=7, unique=True),
+    st.floats(1e-6, 1e-4),
+    st.integers(1, 20),
+)
+def test_the_smallest_effect_is_what_would_have_been_seen(
+    spread: list[float], time_s: float, cases: int
+) -> None:
+    """By whichever condition comes last: size, difference, bound or signs."""
+
+    def seen(by: float) -> Judgement:
+        one = Comparison(name="x", pairs=tuple((time_s, time_s * f * by) for f in spread))
+        return judge([one, *[compared(1.0)] * (cases - 1)])[0]
+
+    found = seen(1.0)
+    needed = found.smallest / found.ratio
+    assert seen(needed * 1.0001).verdict == "REGRESSED"
+    assert seen(needed * 0.9999).verdict != "REGRESSED"
 
 
 def test_pairs_without_spread() -> None:
@@ -137,3 +160,122 @@ def test_error_rates() -> None:
         assert simulated(1.0, between, 10, 40, "FASTER") <= 0.005
     assert simulated(1.05, 0.01, 1, 200, "REGRESSED") >= 0.97
     assert simulated(1.08, 0.02, 1, 200, "REGRESSED") >= 0.97
+
+
+# ------------------------------------------------------------------------------------------------
+# measured again
+
+NOISY = (0.97, 1.03, 0.98, 1.02, 0.95, 1.05, 1.0)
+
+
+def named(name: str, effect: float, spread: tuple[float, ...] = STEADY, **fields) -> Comparison:
+    return dataclasses.replace(compared(effect, spread, **fields), name=name)
+
+
+def test_a_suspect_is_what_the_rule_calls_slower_by_itself() -> None:
+    quiet = [named(f"quiet {number}", 1.0) for number in range(19)]
+    borderline = named("borderline", 1.05, NOISY)
+    assert judge([borderline, *quiet])[0].verdict == "INCONCLUSIVE", "Holm, over 20 cases"
+    assert suspects([borderline, *quiet]) == [borderline]
+    assert suspects([named("faster", 0.9), named("below", 1.02)]) == []
+    assert suspects([named("noisy", 1.06, noise=1.04)]) == []
+
+
+def test_twice_the_pairs_pay_for_holm() -> None:
+    quiet = [named(f"quiet {number}", 1.0) for number in range(19)]
+    borderline = named("borderline", 1.05, NOISY)
+    found = {one.name: one for one in settle([*quiet, borderline], [borderline])}
+    assert found["borderline"].verdict == "REGRESSED"
+    assert found["borderline"].low > 1.01
+    assert found["borderline"].reason == "slower by 5.0%: 1.050x at first, 1.050x again"
+    assert {one.verdict for name, one in found.items() if name != "borderline"} == {"PASS"}
+
+
+def test_holm_goes_over_cases_that_were_no_suspects() -> None:
+    one = named("one", 1.055, (0.93, 1.07, 0.95, 1.05, 0.96, 1.04, 1.0))
+    assert settle([one], [one])[0].verdict == "REGRESSED"
+    among = settle([one, *[named(str(n), 1.0) for n in range(100)]], [one])[0]
+    assert (among.verdict, among.reason) == (
+        "INCONCLUSIVE",
+        "1.055x at first, 1.055x again: not above 1.0% with certainty",
+    )
+
+
+@pytest.mark.parametrize(
+    ("again", "spread", "verdict", "reason"),
+    [
+        (1.06, STEADY, "REGRESSED", "slower by 6.0%: 1.060x at first, 1.060x again"),
+        (1.01, STEADY, "PASS", "1.060x at first, 1.010x again: not slower by 3.0% or more"),
+        (1.02, NOISY, "INCONCLUSIVE", "1.060x at first, 1.020x again: median ratio below 1.030"),
+        (0.90, STEADY, "PASS", "1.060x at first, 0.900x again: not slower by 3.0% or more"),
+        # all pairs would do: the fresh ones alone have to show it too
+        (1.029, STEADY, "PASS", "1.060x at first, 1.029x again: not slower by 3.0% or more"),
+        # large enough again, but three of all pairs dissent
+        (
+            1.06,
+            (0.9, 0.93, 0.93, 1.0, 1.0, 1.0, 1.0),
+            "INCONCLUSIVE",
+            "1.060x at first, 1.060x again: pairs disagree in sign",
+        ),
+    ],
+)
+def test_only_what_is_reproduced_is_slower(again, spread, verdict, reason) -> None:
+    (found,) = settle([compared(1.06)], [compared(again, spread)])
+    assert (found.verdict, found.reason) == (verdict, reason)
+
+
+def test_a_difference_has_to_be_seen_again() -> None:
+    first = Comparison(name="x", pairs=((1e-5, 1.08e-5),) * 7)
+    fresh = Comparison(name="x", pairs=((1e-5, 1.045e-5),) * 7)
+    (found,) = settle([first], [fresh])
+    assert (found.verdict, found.reason) == (
+        "INCONCLUSIVE",
+        "1.080x at first, 1.045x again: median difference below 0.5 us",
+    )
+
+
+def test_without_fresh_pairs_nothing_is_slower() -> None:
+    (found,) = settle([compared(1.06)], [])
+    assert found.verdict == "INCONCLUSIVE"
+    assert found.reason == "slower by 6.0% at first, not measured again"
+
+
+def test_what_is_no_suspect_is_judged_as_before() -> None:
+    first = [named("same", 1.0), named("faster", 0.9), named("unsure", 1.03, NOISY)]
+    settled = settle(first, [])
+    assert [one.verdict for one in settled] == [one.verdict for one in judge(first)]
+    assert [one.verdict for one in settled] == ["PASS", "FASTER", "INCONCLUSIVE"]
+    # to be found in two rounds it has to be larger than for one
+    alone = [judge([one])[0].smallest for one in first]
+    assert all(one.smallest > once for one, once in zip(settled, alone, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("first", "fresh"), [(["a", "a"], []), (["a"], ["a", "a"]), (["a"], ["b"])]
+)
+def test_names_tell_cases_apart(first, fresh) -> None:
+    with pytest.raises(ValueError, match="a name of its own"):
+        settle([named(name, 1.06) for name in first], [named(name, 1.06) for name in fresh])
+    assert settle([], []) == []
+
+
+def test_dissenters_go_with_the_number_of_pairs() -> None:
+    def dissenting(pairs: int, against: int) -> str:
+        spread = (*(1.10,) * (pairs - against), *(0.99,) * against)
+        return verdict(compared(1.0, spread), Rule(bound=1.0, alpha=0.4))
+
+    assert [dissenting(14, 2), dissenting(14, 3)] == ["REGRESSED", "INCONCLUSIVE"]
+    assert [dissenting(5, 1), dissenting(5, 2)] == ["REGRESSED", "INCONCLUSIVE"]
+    assert [dissenting(3, 0), dissenting(3, 1)] == ["REGRESSED", "INCONCLUSIVE"]
+
+
+def test_what_is_detectable() -> None:
+    assert detectable(0.0, 7) == pytest.approx(1.03)
+    assert detectable(0.0, 7, noise=1.04) == pytest.approx(1.08)
+    assert detectable(0.0, 7, time_s=1e-5) == pytest.approx(1.05)
+    assert detectable(0.0, 7, Rule(ratio=1.1)) == pytest.approx(1.1)
+    spreads = [detectable(spread, 7) for spread in (0.005, 0.01, 0.02, 0.05, 0.1)]
+    assert spreads == sorted(set(spreads)), "more noise hides more"
+    pairs = [detectable(0.1, pairs) for pairs in (3, 5, 7, 14, 28)]
+    assert pairs == sorted(set(pairs), reverse=True), "more pairs show more"
+    assert detectable(0.1, 7, cases=1000) > detectable(0.1, 7)
