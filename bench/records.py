@@ -16,7 +16,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import datetime
 from io import FileIO
 from pathlib import Path
-from types import TracebackType
+from types import TracebackType, UnionType
 from typing import Any
 
 import pandas as pd
@@ -27,6 +27,15 @@ from vqkernels.errors import ContainerError
 __all__ = ["SCHEMA_VERSION", "Case", "RecordFile", "load_records", "measurement_of", "read_records"]
 
 SCHEMA_VERSION = 1
+
+# What readers take a field to be; a record may lack those that aren't of a `Case`.
+_TYPES: dict[str, type | UnionType] = {
+    **dict.fromkeys(("workload", "layer", "format", "dtype", "kernel"), str),
+    **dict.fromkeys(("n", "k"), int | None),
+    "m": int,
+    "steps": list,
+    **dict.fromkeys(("spec", "config", "device", "versions", "project", "state", "gate"), dict),
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -204,6 +213,11 @@ def _check(record: Mapping[str, Any]) -> None:
     for field in dataclasses.fields(Case):
         if field.default is dataclasses.MISSING:  # what has a default came with a later build
             record[field.name]
+    for name, kind in _TYPES.items():
+        if name in record and not isinstance(record[name], kind):
+            raise TypeError(f"{name} is no {kind}")
+    for step in record.get("steps", ()):
+        dict(step["config"])
     record["device"]["name"]
 
 

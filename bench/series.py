@@ -324,7 +324,7 @@ def _values(config: Row) -> str:
 def _facts(row: Row) -> dict[str, str]:
     """What may differ between sources that are compared, and is said where it does."""
     project = row.get("project") or {}
-    commit = (project.get("commit") or "")[:7]
+    commit = str(project.get("commit") or "")[:7]
     facts = {
         "GPU": row["uuid"],
         "driver": row["driver"],
@@ -338,8 +338,9 @@ def _facts(row: Row) -> dict[str, str]:
 
 
 def _power_limit(row: Row) -> str | None:
-    limit = ((row.get("state") or {}).get("before") or {}).get("power_limit_w")
-    return None if limit is None else f"{limit:g} W"
+    before = (row.get("state") or {}).get("before")
+    limit = before.get("power_limit_w") if isinstance(before, dict) else None
+    return None if limit is None else f"{limit} W"
 
 
 def _text(value: object) -> str | None:

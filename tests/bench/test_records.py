@@ -206,6 +206,10 @@ def test_a_corrupt_line_is_named(tmp_path, line):
         lambda record: record.update(samples_s=[1.0, 2.0, -1.0]),
         lambda record: record.update(samples_s=[0.0, 0.0, 1.0]),
         lambda record: record.update(correctness={"worst": 1}),
+        lambda record: record.update(kernel=7),
+        lambda record: record.update(m=None),
+        lambda record: record.update(gate="A"),
+        lambda record: record.update(steps=[{"layer": "q"}]),
         lambda record: record.update(
             timing={"timer": "perf_counter", "warmup_s": 0.1, "copies": 1, "cache": "cold"}
         ),
@@ -221,6 +225,10 @@ def test_a_corrupt_line_is_named(tmp_path, line):
         "negative",
         "a median of 0",
         "correctness",
+        "a type",
+        "a missing number",
+        "gate",
+        "a step",
         "cache",
     ],
 )
