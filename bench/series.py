@@ -241,25 +241,27 @@ def _series(frame: pd.DataFrame) -> list[Series]:
     """The series of records that were timed, in the order of their first records."""
     rows = _rows(frame)
     described = [(_case(row), _conditions(row), _config(row), row["kernel_source"]) for row in rows]
-    frame = frame.assign(
-        # one text for all that tells series apart: parts are dictionaries, or missing
-        series=[json.dumps([dataclasses.astuple(case), *rest]) for case, *rest in described],
-        place=range(len(rows)),
-        run=[_run(row) for row in rows],
+    keys = pd.DataFrame(
+        {
+            # one text for all that tells series apart: parts are dictionaries, or missing
+            "series": [json.dumps([dataclasses.astuple(case), *rest]) for case, *rest in described],
+            "run": [_run(row) for row in rows],
+        }
     )
-    frame["turn"] = frame.groupby(["series", "run"]).cumcount()
+    keys["turn"] = keys.groupby(["series", "run"]).cumcount()
     found = []
-    for _, group in frame.groupby("series", sort=False):
-        case, conditions, config, code = described[group["place"].iloc[0]]
-        keys = zip(group["run"], group["turn"], strict=True)
+    for _, group in keys.groupby("series", sort=False):
+        case, conditions, config, code = described[group.index[0]]
+        runs = zip(group["run"], group["turn"], strict=True)
+        mine = [rows[place] for place in group.index]
         found.append(
             Series(
                 case=case,
                 conditions=conditions,
                 config=config,
                 code=code,
-                newest=max(str(row.get("time", "")) for row in _rows(group)),
-                samples_s=dict(zip(keys, group["samples_s"], strict=True)),
+                newest=max(str(row.get("time", "")) for row in mine),
+                samples_s=dict(zip(runs, (row["samples_s"] for row in mine), strict=True)),
             )
         )
     return found
