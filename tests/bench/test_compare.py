@@ -556,3 +556,30 @@ def test_an_empty_file_is_one_line(a: Path, tmp_path: Path) -> None:
 def test_more_files_than_letters_are_one_line(a: Path) -> None:
     write(a, record())
     assert "26 at most" in refusal(VqError, *[str(a)] * 27)
+
+
+def test_a_file_of_refusals_alone_is_a_table_of_reasons(a: Path, b: Path) -> None:
+    write(a, record(None), record(None, m=2))
+    assert "refused: 2 x numba/table: too small" in text(str(a))
+    assert [row["status"] for row in rows(str(a))] == ["constraint"] * 2
+    assert "too small" in text(str(a), "--status", "constraint")
+    assert "no case is timed in both" in refusal(IncomparableError, write(b, record()), str(a))
+    # of B nothing passes the filter
+    write(b, record(m=4))
+    assert "no case is timed in both" in refusal(IncomparableError, str(b), str(a), "-m", "4")
+
+
+def test_what_each_file_measured_besides_is_not_set_against_each_other(a: Path, b: Path) -> None:
+    write(a, record(), record(**timing(cache=HOT)))
+    write(b, record(), record(**timing(threads=1)))
+    found = of(rows(str(a), str(b)), "B")
+    assert [row["ratio"] for row in found] == [pytest.approx(1), None, None]
+    assert [row["status"] for row in found] == ["ok", "absent", "ok"]
+
+
+def test_a_refusal_is_of_its_dtype(a: Path, b: Path) -> None:
+    dtypes = ("float32", "float16", "bfloat16")
+    write(a, *(record(dtype=dtype) for dtype in dtypes))
+    write(b, record(), record(None, dtype="float16"))
+    found = of(rows(str(a), str(b)), "B")
+    assert [row["status"] for row in found] == ["ok", "constraint", "absent"]
