@@ -17,7 +17,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import datetime
 from io import FileIO
 from pathlib import Path
-from types import MappingProxyType, TracebackType
+from types import MappingProxyType, TracebackType, UnionType
 from typing import Any
 
 import pandas as pd
@@ -28,6 +28,15 @@ from vqkernels.errors import ContainerError
 __all__ = ["SCHEMA_VERSION", "Case", "RecordFile", "load_records", "measurement_of", "read_records"]
 
 SCHEMA_VERSION = 1
+
+# What readers take a field to be; a record may lack those that aren't of a `Case`.
+_TYPES: dict[str, type | UnionType] = {
+    **dict.fromkeys(("workload", "layer", "format", "dtype", "kernel"), str),
+    **dict.fromkeys(("n", "k"), int | None),
+    "m": int,
+    "steps": list,
+    **dict.fromkeys(("spec", "config", "device", "versions", "project", "state", "gate"), dict),
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -225,10 +234,22 @@ def read_records(path: Path) -> list[dict[str, Any]]:
 
 def _check(record: Mapping[str, Any]) -> None:
     """Raise KeyError, TypeError or ValueError where something that readers need is missing."""
-    measurement_of(record)
+    measured = measurement_of(record)
+    # a sample may be 0 where the clock is coarse; a median of 0 is no measurement
+    if not all(0 <= sample < math.inf for sample in measured.samples_s):
+        raise ValueError("samples are seconds")
+    if measured.samples_s and not measured.median_s:
+        raise ValueError("a median of 0")
+    if measured.timing:
+        dict(measured.timing.cache)
     for field in dataclasses.fields(Case):
         if field.default is dataclasses.MISSING:  # what has a default came with a later build
             record[field.name]
+    for name, kind in _TYPES.items():
+        if name in record and not isinstance(record[name], kind):
+            raise TypeError(f"{name} is no {kind}")
+    for step in record.get("steps", ()):
+        dict(step["config"])
     record["device"]["name"]
 
 
@@ -239,13 +260,18 @@ def measurement_of(record: Mapping[str, Any]) -> Measurement:
 
 
 def load_records(paths: Iterable[Path]) -> pd.DataFrame:
-    """All records of some files as one table: a row a record, medians and spreads derived."""
+    """All records of some files as one table: a row a record, medians and spreads derived.
+
+    device, arch, units, uuid and driver are the device's; path is the record's file.
+    """
     rows = []
     for path in paths:
         for record in read_records(path):
             measured = measurement_of(record)
             timed = measured.status == "ok"
-            row = {**record, "device": record["device"]["name"]}
+            device = record["device"]
+            row = {**record, "device": device["name"], "path": str(path)}
+            row |= {name: device.get(name) for name in ("arch", "units", "uuid", "driver")}
             row["median_s"] = measured.median_s if timed else math.nan
             row["spread"] = measured.spread if timed else math.nan
             rows.append(row)

@@ -96,6 +96,8 @@ def test_pandas_gets_a_row_a_record(tmp_path):
     assert len(frame) == 4
     assert frame["kernel"].tolist() == ["torch/dense", "torch/table"] * 2
     assert frame["device"].tolist() == ["Test"] * 4
+    assert len(set(frame["path"])) == 2
+    assert frame["arch"].tolist() == [None] * 4
     assert frame["median_s"].tolist()[0] == 2.0
     assert frame["spread"].tolist()[0] == pytest.approx(0.25)
     assert math.isnan(frame["median_s"].tolist()[1])
@@ -198,9 +200,37 @@ def test_a_corrupt_line_is_named(tmp_path, line):
         lambda record: record.pop("kernel"),
         lambda record: record.pop("device"),
         lambda record: record.update(samples_s=[]),
+        lambda record: record.update(samples_s=[1.0, "2"]),
+        lambda record: record.update(samples_s=[1.0, math.nan]),
+        lambda record: record.update(samples_s=[1.0, math.inf]),
+        lambda record: record.update(samples_s=[1.0, 2.0, -1.0]),
+        lambda record: record.update(samples_s=[0.0, 0.0, 1.0]),
         lambda record: record.update(correctness={"worst": 1}),
+        lambda record: record.update(kernel=7),
+        lambda record: record.update(m=None),
+        lambda record: record.update(gate="A"),
+        lambda record: record.update(steps=[{"layer": "q"}]),
+        lambda record: record.update(
+            timing={"timer": "perf_counter", "warmup_s": 0.1, "copies": 1, "cache": "cold"}
+        ),
     ],
-    ids=["status", "kernel", "device", "samples", "correctness"],
+    ids=[
+        "status",
+        "kernel",
+        "device",
+        "samples",
+        "a text",
+        "NaN",
+        "infinity",
+        "negative",
+        "a median of 0",
+        "correctness",
+        "a type",
+        "a missing number",
+        "gate",
+        "a step",
+        "cache",
+    ],
 )
 def test_a_record_that_lacks_what_readers_need_is_named(tmp_path, spoil):
     path = write_two(tmp_path)
