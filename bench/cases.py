@@ -75,15 +75,16 @@ class Session:
         return describe_host(self.plan.device)
 
     def choose(self, selections: Sequence[Selection], patterns: Sequence[str]) -> list[Chosen]:
-        """The cases of the selections, in the order of a run. Raises SpecError."""
+        """The cases of the selections, in the order of a run, each once. Raises SpecError."""
         kernels = matching_kernels(patterns, self.plan.device)
-        return [
+        cases = (
             Chosen.make(self.plan, workload, layer, name, m, kernel)
             for selection in selections
             for workload, layer, name in selection.cases()
             for m in selection.ms
             for kernel in kernels
-        ]
+        )
+        return list(dict.fromkeys(cases))
 
     def measure(self, chosen: Chosen, budget: Budget | None) -> tuple[Measurement, dict[str, Any]]:
         """The measurement, and what a record has besides; checked, but not timed, without `budget`.
@@ -113,6 +114,10 @@ class Session:
             facts["state"] = {"before": before, "after": device_state(plan.device)}
         case = dataclasses.asdict(case_of(plan, product, chosen.kernel))
         return measured, {**self._host, **case, **facts, **measured.to_dict()}
+
+    def forget(self) -> None:
+        """Let go of the weight and the product, which may be a good part of a GPU's memory."""
+        self._weight = self._product = None
 
     def _make(self, chosen: Chosen) -> Product:
         key = (chosen.workload, chosen.layer, chosen.format_name)

@@ -202,6 +202,8 @@ def _fields(marker: pytest.Mark | None) -> dict[str, Any]:
         for name, value in marker.kwargs.items()
         if name != "fuse"
     }
+    if not all(type(m) is int and m >= 1 for m in fields.get("ms", ())):
+        raise SpecError("the vqbench marker's ms are whole numbers of at least 1")
     return {**dict.fromkeys(_FIELDS, ()), **fields, "fuse": marker.kwargs.get("fuse", False)}
 
 
@@ -247,6 +249,12 @@ def pytest_itemcollected(item: pytest.Item) -> None:
     settings = {"group": item.stash[_CHOSEN].group, **(asked.kwargs if asked else {})}
     # ahead of the test's own: pytest-benchmark reads one marker
     item.add_marker(pytest.mark.benchmark(**{**settings, "timer": clock}), append=False)
+
+
+def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
+    """After the last case for now, leave the memory to the session's other tests."""
+    if _CHOSEN in item.stash and (nextitem is None or _CHOSEN not in nextitem.stash):
+        _session(item.config).forget()
 
 
 @pytest.fixture
