@@ -25,7 +25,6 @@ import contextlib
 import dataclasses
 import functools
 import itertools
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -349,4 +348,4 @@ def _warn_of_unlike(item: pytest.Item, facts: Mapping[str, Any]) -> None:
             continue
         if found := difference(facts, saved.get("extra_info", {})):
             text = f"{item.nodeid}: compared with a run unlike this one ({found})"
-            warnings.warn(pytest.PytestWarning(text), stacklevel=2)
+            item.warn(pytest.PytestWarning(text))

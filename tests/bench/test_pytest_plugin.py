@@ -250,7 +250,7 @@ def test_options_take_the_place_of_files_that_nobody_named(suite, kernels):
 def test_a_saved_run_is_compared_by_name(suite, kernels):
     suite(*SELECT, "--benchmark-autosave").assert_outcomes(passed=1)
     kernels[:] = [zoo.make_kernel(about="with another source hash")]
-    compare = ("--benchmark-compare", "--benchmark-compare-fail", "median:1000000%")
+    compare = ("--benchmark-compare", "--benchmark-compare-fail", "median:1.0")
     done = suite(*SELECT, *compare)
     done.assert_outcomes(passed=1)
     done.stdout.fnmatch_lines_random(["tiny-odd-*fake (0001_*", "tiny-odd-*fake (NOW)*"])
@@ -353,6 +353,7 @@ def test_threads_are_the_devices_while_a_case_runs(suite, kernels):
     [
         ((*SELECT, "--vqbench-format", "nope"), "ERROR: format 'nope' is unknown*"),
         (("--vqbench-workload", "nope"), "ERROR: workload 'nope' is unknown*"),
+        ((*SELECT, "--vqbench-fuse"), "ERROR: workload tiny names no layers that run as one*"),
         ((*SELECT, "--vqbench-kernel", "nope/*"), "ERROR: no kernel matches nope/*"),
         ((*SELECT, "--vqbench-device", "cuda"), "ERROR: device cuda: 0 NVIDIA*"),
         ((*SELECT, "--vqbench-m", "0"), "*--vqbench-m: '0' is not a whole number of at least 1"),
