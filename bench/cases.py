@@ -20,12 +20,13 @@ from autotune.timers import Budget, set_threads
 from bench.environment import describe_host, device_state
 from bench.run import Plan, Product, case_of, make_or_refuse, make_product
 from bench.selection import Selection, matching_kernels
+from bench.validity import changed
 from bench.weights import Weight
 from bench.workload import Layer, Workload
 from vqkernels.device import Device
 from vqkernels.kernel import Kernel
 
-__all__ = ["Chosen", "Session", "difference"]
+__all__ = ["Chosen", "Session", "differences"]
 
 
 class Chosen(str):
@@ -143,20 +144,18 @@ def _threads(device: Device) -> Iterator[None]:
         set_threads(before)
 
 
-def difference(now: Mapping[str, Any], then: Mapping[str, Any]) -> str | None:
-    """Why the times of two records of one case are no measure of each other; None where they are.
+def differences(now: Mapping[str, Any], then: Mapping[str, Any]) -> list[str]:
+    """Why the times of two records of one case are no measure of each other; empty where they are.
 
     Given the records' fields as JSON has them.
     """
     here, there = _conditions(now), _conditions(then)
-    return next(
-        (
-            f"{name}: {there[name]} then, {here[name]} now"
-            for name in here
-            if here[name] != there[name]
-        ),
-        None,
-    )
+    unlike = [
+        f"{name}: {there[name]} then, {here[name]} now"
+        for name in here
+        if here[name] != there[name]
+    ]
+    return unlike + list(changed([then.get("state", {}).get("after", {}), now["state"]["before"]]))
 
 
 def _conditions(record: Mapping[str, Any]) -> dict[str, object]:

@@ -341,11 +341,11 @@ def pytest_benchmark_compare_machine_info(
 
 
 def _warn_of_unlike(item: pytest.Item, facts: Mapping[str, Any]) -> None:
-    from bench.cases import difference
+    from bench.cases import differences
 
     for saved in item.config.stash.get(_SAVED, []):
         if saved["fullname"] != item.nodeid:
             continue
-        if found := difference(facts, saved.get("extra_info", {})):
-            text = f"{item.nodeid}: compared with a run unlike this one ({found})"
+        if found := differences(facts, saved.get("extra_info", {})):
+            text = f"{item.nodeid}: compared with a run unlike this one: {'; '.join(found)}"
             item.warn(pytest.PytestWarning(text))
