@@ -10,7 +10,7 @@ import click
 from autotune.timers import set_threads
 from vqkernels.device import Device, detect, detect_cpu
 
-__all__ = ["cases", "selecting", "usual_dtype", "where"]
+__all__ = ["cases", "named_device", "selecting", "usual_dtype", "where"]
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -47,11 +47,16 @@ def selecting(command: F) -> F:
     return cases(command)
 
 
+def named_device(device: str, threads: int | None) -> Device:
+    """The device that the options name: a CPU with that many threads, or a GPU."""
+    found = detect(device)
+    return detect_cpu(threads) if found.kind == "cpu" else found
+
+
 def where(device: str, threads: int | None) -> Device:
     """The device that the options name; on a CPU this process then uses that many threads."""
-    found = detect(device)
+    found = named_device(device, threads)
     if found.kind == "cpu":
-        found = detect_cpu(threads)
         set_threads(found.units)
     return found
 

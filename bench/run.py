@@ -23,7 +23,17 @@ from vqkernels.parts import effective_bits
 from vqkernels.presets import parse_format
 from vqkernels.problem import Problem
 
-__all__ = ["Plan", "describe", "failures", "header", "run_plan"]
+__all__ = [
+    "Plan",
+    "Product",
+    "case_of",
+    "describe",
+    "failures",
+    "header",
+    "make_or_refuse",
+    "make_product",
+    "run_plan",
+]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -48,6 +58,21 @@ class Plan:
         return sum(len(ms) for *_, ms in self.layers()) * len(self.kernels)
 
 
+@dataclasses.dataclass(frozen=True)
+class Product:
+    """A layer in a format at some m, as kernels meet it.
+
+    weight, subject: what they are given and held to, or the sentence that says why there is none.
+    """
+
+    workload: Workload
+    layer: Layer
+    format: str
+    m: int
+    weight: Weight | str
+    subject: Subject | str
+
+
 def header(device: Device, bandwidth: Bandwidth, budget: Budget) -> dict[str, Any]:
     """Fields that every record of a run carries."""
     return {
@@ -67,38 +92,51 @@ def run_plan(
     """Yield each record once it is written; `progress` hears what comes next."""
     for workload, layer, name, ms in plan.layers():
         progress(f"{workload.name} {layer.name} {name}: weights")
-        weight = _weight(plan, workload, layer, name)
+        weight = make_or_refuse(workload, layer, name, seed=plan.seed)
         for m in ms:
-            subject: Subject | Weight | str = weight
             if isinstance(weight, Weight):
                 progress(f"{workload.name} {layer.name} {name} m={m}: reference")
-                subject = make_subject(
-                    weight.tensor, m, plan.device, dtype=plan.dtype, seed=plan.seed
-                )
+            product = make_product(plan, workload, layer, name, m, weight)
             for kernel in plan.kernels:
                 progress(f"{workload.name} {layer.name} {name} m={m}: {kernel.id}")
                 before = device_state(plan.device)
-                measured = _measure(plan, kernel, subject, bandwidth)
+                measured = _measure(plan, kernel, product, bandwidth)
                 state = {"before": before, "after": device_state(plan.device)}
-                case = describe(
-                    kernel,
-                    _problem(plan, layer, name, m),
-                    plan.device,
-                    workload=workload.name,
-                    layer=layer.name,
-                    name=name,
-                    seed=plan.seed,
-                    weight=weight if isinstance(weight, Weight) else None,
-                )
-                yield file.write(case, measured, state)
+                yield file.write(case_of(plan, product, kernel), measured, state)
 
 
-def _weight(plan: Plan, workload: Workload, layer: Layer, name: str) -> Weight | str:
+def make_or_refuse(workload: Workload, layer: Layer, name: str, *, seed: int) -> Weight | str:
     """The layer's weight, or the sentence that says why there is none."""
     try:
-        return make_weight(workload, layer, parse_format(name), seed=plan.seed)
+        return make_weight(workload, layer, parse_format(name), seed=seed)
     except (UnsupportedError, BackendError) as error:
         return str(error)
+
+
+def make_product(
+    plan: Plan, workload: Workload, layer: Layer, name: str, m: int, weight: Weight | str
+) -> Product:
+    """The product of `m` tokens with a weight of `make_or_refuse`'s; the oracle takes seconds."""
+    subject: Subject | str
+    if isinstance(weight, Weight):
+        subject = make_subject(weight.tensor, m, plan.device, dtype=plan.dtype, seed=plan.seed)
+    else:
+        subject = weight
+    return Product(workload, layer, name, m, weight, subject)
+
+
+def case_of(plan: Plan, product: Product, kernel: Kernel) -> Case:
+    """The case of a kernel in its default config on a product."""
+    return describe(
+        kernel,
+        _problem(plan, product.layer, product.format, product.m),
+        plan.device,
+        workload=product.workload.name,
+        layer=product.layer.name,
+        name=product.format,
+        seed=plan.seed,
+        weight=product.weight if isinstance(product.weight, Weight) else None,
+    )
 
 
 def _problem(plan: Plan, layer: Layer, name: str, m: int) -> Problem:
@@ -109,12 +147,12 @@ def _problem(plan: Plan, layer: Layer, name: str, m: int) -> Problem:
     return Problem(m=m, n=layer.n, k=layer.k, spec=spec, dtype=plan.dtype)  # type: ignore[arg-type]  # click checked the choice
 
 
-def _measure(
-    plan: Plan, kernel: Kernel, subject: Subject | Weight | str, bandwidth: Bandwidth
-) -> Measurement:
-    if not isinstance(subject, Subject):
-        return Measurement(status="constraint", reason=str(subject))
-    return evaluate(kernel, subject, budget=plan.budget, bandwidth=bandwidth, cold=plan.cold)
+def _measure(plan: Plan, kernel: Kernel, product: Product, bandwidth: Bandwidth) -> Measurement:
+    if isinstance(product.subject, str):
+        return Measurement(status="constraint", reason=product.subject)
+    return evaluate(
+        kernel, product.subject, budget=plan.budget, bandwidth=bandwidth, cold=plan.cold
+    )
 
 
 def describe(

@@ -13,7 +13,7 @@ from vqkernels.errors import SpecError
 from vqkernels.kernel import Kernel, registry
 from vqkernels.presets import PRESETS, parse_format
 
-__all__ = ["DEFAULT", "Selection", "byte_code_formats", "matching_kernels"]
+__all__ = ["DEFAULT", "Selection", "byte_code_formats", "matching_kernels", "selections"]
 
 
 def byte_code_formats() -> tuple[str, ...]:
@@ -63,6 +63,36 @@ DEFAULT = (
     Selection(workload="minilm", formats=("rq-2x256x8",)),
     Selection(workload="llama2-7b", layers=("q_proj", "down_proj"), formats=byte_code_formats()),
 )
+
+
+def selections(
+    workloads: Sequence[str],
+    layers: Sequence[str],
+    formats: Sequence[str],
+    ms: Sequence[int],
+    fuse: bool = False,
+) -> tuple[Selection, ...]:
+    """What `vqbench run` runs: the default selection at some m, or what is named."""
+    if not (workloads or formats or layers or fuse):
+        return tuple(
+            Selection(
+                workload=one.workload,
+                layers=one.layers,
+                formats=one.formats,
+                ms=tuple(ms) or one.ms,
+            )
+            for one in DEFAULT
+        )
+    return tuple(
+        Selection(
+            workload=name,
+            layers=tuple(layers) or ("*",),
+            formats=tuple(formats) or ("rq-2x256x8",),
+            ms=tuple(ms) or (1,),
+            fuse=fuse,
+        )
+        for name in workloads or ("minilm",)
+    )
 
 
 def matching_kernels(patterns: Sequence[str], device: Device | None = None) -> list[Kernel]:

@@ -17,7 +17,7 @@ from bench import report
 from bench.options import selecting, usual_dtype, where
 from bench.records import RecordFile
 from bench.run import Plan, failures, header, run_plan
-from bench.selection import DEFAULT, Selection, matching_kernels
+from bench.selection import matching_kernels, selections
 from bench.tables import OUTPUTS, render
 from vqkernels.device import Device
 
@@ -59,7 +59,7 @@ def command(
     """
     chosen = where(device, threads)
     plan = Plan(
-        selections=_selections(workloads, layers, formats, ms, fuse),
+        selections=selections(workloads, layers, formats, ms, fuse),
         kernels=tuple(matching_kernels(kernels, chosen)),
         device=chosen,
         dtype=dtype or usual_dtype(chosen),
@@ -76,36 +76,6 @@ def command(
         console.print("interrupted: the cases above are kept")
         sys.exit(130)
     sys.exit(1 if failures(records) else 0)
-
-
-def _selections(
-    workloads: Sequence[str],
-    layers: Sequence[str],
-    formats: Sequence[str],
-    ms: Sequence[int],
-    fuse: bool = False,
-) -> tuple[Selection, ...]:
-    """The default selection, narrowed; or what the options name."""
-    if not (workloads or formats or layers or fuse):
-        return tuple(
-            Selection(
-                workload=one.workload,
-                layers=one.layers,
-                formats=one.formats,
-                ms=tuple(ms) or one.ms,
-            )
-            for one in DEFAULT
-        )
-    return tuple(
-        Selection(
-            workload=name,
-            layers=tuple(layers) or ("*",),
-            formats=tuple(formats) or ("rq-2x256x8",),
-            ms=tuple(ms) or (1,),
-            fuse=fuse,
-        )
-        for name in workloads or ("minilm",)
-    )
 
 
 def _execute(plan: Plan, folder: Path, console: Console) -> tuple[list[dict[str, Any]], Path, bool]:

@@ -17,6 +17,7 @@ from autotune.bandwidth import Bandwidth
 from autotune.timers import Budget
 from bench.cli import cli, main
 from bench.records import load_records, read_records
+from bench.selection import selections
 from tests.autotune import zoo
 from vqkernels.errors import BackendError, ContainerError, VqError
 from vqkernels.kernel import registry
@@ -314,12 +315,12 @@ def test_the_entry_point_makes_one_line_and_exit_code_2_of_an_error(
 
 
 def test_narrowing_the_default_keeps_its_layers(monkeypatch):
-    chosen = command._selections((), (), (), (4, 8))
+    chosen = selections((), (), (), (4, 8))
     assert [(one.workload, one.ms) for one in chosen] == [
         ("minilm", (4, 8)),
         ("llama2-7b", (4, 8)),
     ]
-    (one,) = command._selections((), ("*.query",), (), ())
+    (one,) = selections((), ("*.query",), (), ())
     assert (one.workload, one.layers, one.formats, one.ms) == (
         "minilm",
         ("*.query",),
@@ -329,7 +330,7 @@ def test_narrowing_the_default_keeps_its_layers(monkeypatch):
 
 
 def test_a_plan_counts_its_cases_before_it_runs(workload):
-    chosen = command._selections((workload,), (), ("vq-16x4", "vq-8x4"), (1, 2, 3))
+    chosen = selections((workload,), (), ("vq-16x4", "vq-8x4"), (1, 2, 3))
     plan = bench.run.Plan(selections=chosen, kernels=(zoo.make_kernel(),) * 2, device=zoo.DEVICE)
     assert plan.size == 2 * 2 * 3 * 2
 
