@@ -8,9 +8,9 @@ from typing import get_args
 import click
 
 from autotune.measurement import Status
-from bench.compare import SORTS, Comparison, against, compare, select
-from bench.compare_report import BY, case_rows, case_table, group_rows, group_table, legend, notes
-from bench.series import Filters, load_sources
+from bench.compare.match import SORTS, Comparison, against, compare, select
+from bench.compare.report import BY, case_rows, case_table, group_rows, group_table, legend, notes
+from bench.compare.series import Filters, load_sources
 from bench.tables import OUTPUTS, render
 
 __all__ = ["command"]

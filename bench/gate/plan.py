@@ -58,8 +58,8 @@ def _row(
     rule = dataclasses.replace(rule, ratio=limits.ratio or rule.ratio)
     floor = rules.noise.floor(case.name)
     least = detectable(spread, options.pairs, rule, cases=count, noise=floor)
-    why = f"pairs differ by {spread:.1%} (standard deviation)"
-    return {"case": case.name, "sees": f"{least - 1:.1%}", "why": why}
+    why = f"pairs differ by {100 * spread:.3g} % (standard deviation)"
+    return {"case": case.name, "sees": f"{100 * (least - 1):.3g} %", "why": why}
 
 
 def _unknown(alive: Sequence[Target], rules: Rules) -> list[str]:

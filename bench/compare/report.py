@@ -7,9 +7,9 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from bench.compare import Comparison, Match, describe
-from bench.intervals import LEVEL, Estimate, geometric_mean
-from bench.series import Case, Series, Source
+from bench.compare.intervals import LEVEL, Estimate, geometric_mean
+from bench.compare.match import Comparison, Match, describe
+from bench.compare.series import Case, Series, Source
 from bench.tables import render
 
 __all__ = ["BY", "case_rows", "case_table", "group_rows", "group_table", "legend", "notes"]

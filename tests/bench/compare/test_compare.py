@@ -16,7 +16,7 @@ from click.testing import CliRunner, Result
 from scipy import stats
 
 from bench.cli import cli
-from bench.compare import IncomparableError
+from bench.compare.match import IncomparableError
 from bench.tables import OUTPUTS
 from vqkernels.errors import ContainerError, VqError
 
@@ -549,7 +549,7 @@ def test_an_empty_file_is_one_line(a: Path, tmp_path: Path) -> None:
     (tmp_path / "dev").mkdir()
     assert "no .jsonl in this folder" in refusal(ContainerError, str(tmp_path / "dev"))
     assert "can't be read" in refusal(ContainerError, str(tmp_path / "none.jsonl"))
-    a.write_text("{", encoding="utf-8")
+    a.write_text("{\n", encoding="utf-8")
     assert "line 1 is no record" in refusal(ContainerError, str(a))
 
 

@@ -12,8 +12,8 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from bench.intervals import Estimate, median, quotient
-from bench.series import Case, Series, Source
+from bench.compare.intervals import Estimate, median, quotient
+from bench.compare.series import Case, Series, Source
 from vqkernels.errors import VqError
 
 __all__ = [

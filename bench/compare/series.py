@@ -17,7 +17,7 @@ from typing import Any
 
 import pandas as pd
 
-from bench.intervals import Estimate, median
+from bench.compare.intervals import Estimate, median
 from bench.records import load_records
 from vqkernels.errors import ContainerError, VqError
 

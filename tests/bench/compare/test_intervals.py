@@ -9,7 +9,7 @@ import statistics
 import pytest
 from scipy import stats
 
-from bench.intervals import LEVEL, Estimate, geometric_mean, median, quotient
+from bench.compare.intervals import LEVEL, Estimate, geometric_mean, median, quotient
 
 
 @pytest.mark.parametrize("size", [1, 2, 5, 6, 7, 8, 9, 20, 21, 100, 200, 2000])
