@@ -44,11 +44,12 @@ test-sweeps: $(STAMP_TEST) ## the long sweeps over shapes and formats
 benchmarks: $(STAMP_TEST) ## speed claims, measured against other projects' kernels
 	$(BIN)/python -m pytest tests/benchmarks --benchmark-only
 
-lint: $(STAMP_TEST) ## style, types, direction of imports
+lint: $(STAMP_TEST) ## style, types, direction of imports, shell scripts
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo
+	$(BIN)/shellcheck .ci/run docs/ci/gate.sh
 
 clean: ## remove the environment, caches and build output
 	if [ -f $(VENV)/pyvenv.cfg ]; then rm -rf $(VENV); fi

@@ -64,7 +64,7 @@ def _heading(report: Report) -> list[str]:
 def _counts(report: Report) -> str:
     found = [f"{count} {word}" for word, count in wording.counts(report).items()]
     found += [f"{len(report.skipped)} skipped"] if report.skipped else []
-    return f"{len(report.outcomes)} cases: {', '.join(found) or 'none'}"
+    return f"{_cases(len(report.outcomes))}: {', '.join(found) or 'none'}"
 
 
 def text(report: Report) -> str:

@@ -171,7 +171,7 @@ def _finding(report: Report) -> str:
     if "INCONCLUSIVE" in names and (report.strict or not grave):
         grave.append("INCONCLUSIVE")
     if not grave:
-        return f"none of {total} cases is slower"
+        return f"no case is slower, {total} compared"
     return "; ".join(
         f"{len(names[word])} of {total} cases {word}: {listed(names[word])}" for word in grave
     )
