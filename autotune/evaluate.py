@@ -1,6 +1,7 @@
 """Evaluate a kernel and config on a subject: compile, check against the oracle, then time.
 
-Nothing is timed that has not passed, and the buffers that were timed are checked again after.
+Nothing is timed that has not passed (`escapes`), and the buffers that were timed are checked again
+after, with other contents (`rotation`).
 Several products that run one after the other (the layers of a decoder block) are one call too:
 each is held to all of it, and they are timed together.
 """
@@ -9,73 +10,29 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
-import time
-from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+import statistics
+from collections.abc import Sequence
+from typing import Any
 
 import torch
-from torch import Tensor
 
-from autotune import memory, workers
+from autotune import escapes, workers
 from autotune.bandwidth import Bandwidth, measure_bandwidth
-from autotune.measurement import Correctness, Measurement, Status, Timer, Timing
-from autotune.subject import Buffer, Subject, make_subject
+from autotune.made import EndError, Made, Step, guarded, make
+from autotune.measurement import Correctness, Measurement, Timer
+from autotune.rotation import Rotation
+from autotune.subject import Subject, make_subject
 from autotune.timers import Budget, capture, cold_copies, take_samples
-from vqkernels import oracle
-from vqkernels.errors import VqError
-from vqkernels.kernel import Footprint, Kernel, Packed, Run
-from vqkernels.oracle import Check, Reference
+from vqkernels.kernel import Kernel, Packed
 from vqkernels.space import Config
 
 __all__ = ["Step", "Subject", "check", "evaluate", "evaluate_steps", "make_subject"]
 
 # Part of a weight may stay in the last-level cache between its turns (replacement isn't strict
-# LRU) and the bandwidth is itself measured: a time is impossible only clearly below the floor.
+# LRU) and the bandwidth is itself measured; a data sheet's operations are at a clock that a cool
+# device exceeds (H100: 989 TFLOP/s at 1.83 GHz, and up to 1.98). So a time is impossible only
+# clearly below the floor.
 _FLOOR_MARGIN = 1.25
-
-T = TypeVar("T")
-
-
-@dataclasses.dataclass(frozen=True)
-class Step:
-    """One product of a call: a kernel on a subject, in a config (its default where None)."""
-
-    kernel: Kernel
-    subject: Subject
-    config: Config | None = None
-
-
-@dataclasses.dataclass
-class _EndError(Exception):
-    """Ends an attempt with a status and a reason."""
-
-    status: Status
-    reason: str
-
-
-@dataclasses.dataclass(frozen=True)
-class _Made:
-    """A step that is compiled and packed."""
-
-    kernel: Kernel
-    subject: Subject
-    run: Run
-    packed: Packed
-    declared: Footprint
-    compile_s: float
-
-    def call(self, x: Tensor, out: Tensor) -> None:
-        """Run to the end; what fails in any way is a status."""
-
-        def done() -> None:
-            self.run(self.packed, x, out)
-            _wait(self.subject.place)
-
-        _guarded(done, "runtime")
-
-    def buffer(self) -> Buffer:
-        return Buffer.make(self.subject.problem, self.subject.place)
 
 
 def evaluate(
@@ -112,8 +69,8 @@ def check(kernel: Kernel, subject: Subject, config: Config | None = None) -> Mea
     """
     with _current(subject):
         try:
-            facts, _ = _facts([_make(Step(kernel, subject, config))], serves=True)
-        except _EndError as end:
+            facts, _, _ = _facts([make(Step(kernel, subject, config))], serves=True)
+        except EndError as end:
             return Measurement(status=end.status, reason=end.reason)
     return facts
 
@@ -135,17 +92,17 @@ def evaluate_steps(
     with _current(steps[0].subject):
         try:
             workers.step("compile")
-            made = [_make(step) for step in steps]
+            made = [make(step) for step in steps]
             workers.step("check")
-            facts, seconds = _facts(made, serves=serves)
-        except _EndError as end:
+            facts, others, seconds = _facts(made, serves=serves)
+        except EndError as end:
             return [Measurement(status=end.status, reason=end.reason)] * len(timers)
         limit = budget.longest_call_s
         if limit is not None and seconds > limit:
             reason = f"right, but a call takes {seconds:.2g} s: none above {limit:g} s is timed"
             return [dataclasses.replace(facts, status="constraint", reason=reason)] * len(timers)
         workers.step("time")
-        return [_timed(made, facts, timer, budget, bandwidth, cold) for timer in timers]
+        return [_timed(made, others, facts, timer, budget, bandwidth, cold) for timer in timers]
 
 
 def _current(subject: Subject) -> contextlib.AbstractContextManager[Any]:
@@ -154,75 +111,16 @@ def _current(subject: Subject) -> contextlib.AbstractContextManager[Any]:
     return torch.cuda.device(subject.device.index) if on_gpu else contextlib.nullcontext()
 
 
-def _make(step: Step) -> _Made:
-    """Compile and pack, once the config is known to fit the device."""
-    kernel, subject = step.kernel, step.subject
-    config, declared = _choose(step)
-
-    def build() -> tuple[Run, Packed]:
-        packed = kernel.pack(subject.source(kernel), config, subject.problem).to(subject.place)
-        return kernel.compile(config, subject.problem, subject.device), packed
-
-    start = time.perf_counter()
-    run, packed = _guarded(build, "compile")
-    took = time.perf_counter() - start
-    if packed.nbytes > declared.weight_bytes:
-        raise _EndError(
-            "incorrect",
-            f"packs {packed.nbytes:,} bytes but declares {declared.weight_bytes:,}",
-        )
-    # a copy: what was packed may share memory with the subject, which other kernels are held to
-    return _Made(kernel, subject, run, packed.clone(), declared, took)
-
-
-def _choose(step: Step) -> tuple[Config, Footprint]:
-    kernel, problem, device = step.kernel, step.subject.problem, step.subject.device
-    if reason := _guarded(lambda: kernel.supports(problem, device), "compile"):
-        raise _EndError("constraint", reason)
-    chosen = step.config
-    if chosen is None:
-        chosen = _guarded(lambda: kernel.default(problem, device), "compile")
-    try:
-        kernel.space.check(chosen)
-    except VqError as error:
-        raise _EndError("constraint", str(error)) from error
-    declared = _guarded(lambda: kernel.footprint(chosen, problem, device), "compile")
-    if device.shared_bytes is not None and declared.shared_bytes > device.shared_bytes:
-        raise _EndError(
-            "constraint",
-            f"needs {declared.shared_bytes:,} bytes of shared memory a block; "
-            f"{device.name} has {device.shared_bytes:,}",
-        )
-    return chosen, declared
-
-
-def _guarded(action: Callable[[], T], status: Status) -> T:
-    try:
-        return action()
-    except _EndError:
-        raise
-    except Exception as error:  # a kernel may fail in any way; the reason is kept
-        line = str(error).strip().splitlines()
-        first = line[0] if line else "no message"
-        raise _EndError(status, f"{type(error).__name__}: {first}") from error
-
-
-def _wait(place: str) -> None:
-    if place != "cpu":
-        torch.cuda.synchronize(place)
-
-
-def _same(one: Tensor, other: Tensor) -> bool:
-    """Equal bit for bit, so that a NaN equals itself."""
-    return torch.equal(one.flatten().view(torch.uint8), other.flatten().view(torch.uint8))
-
-
-def _facts(made: Sequence[_Made], *, serves: bool) -> tuple[Measurement, float]:
-    """Everything but samples, once each step has passed; and about how long a call takes."""
-    verdicts = [_check(one) for one in made]
+def _facts(made: Sequence[Made], *, serves: bool) -> tuple[Measurement, list[Packed], float]:
+    """Everything but samples, once each step has passed; each step's other weight; and about how
+    long a call takes.
+    """
+    verdicts = [escapes.right_output(one) for one in made]
     for one in made if serves else ():
         _serves(one)
-    peaks, seconds = zip(*(_peak(one) for one in made), strict=True)
+    others = [escapes.other_weight(one) for one in made]
+    ran = [escapes.peak(one, other) for one, other in zip(made, others, strict=True)]
+    peaks, seconds = zip(*ran, strict=True)
     names = {name for one in made for name in one.subject.controls}
     facts = Measurement(
         status="checked",
@@ -241,70 +139,19 @@ def _facts(made: Sequence[_Made], *, serves: bool) -> tuple[Measurement, float]:
         flops=sum(one.declared.flops for one in made),
         compile_s=sum(one.compile_s for one in made),
     )
-    return facts, sum(seconds)
+    return facts, others, sum(seconds)
 
 
-def _check(made: _Made) -> Check:
-    """The worse verdict of both batches; inputs unchanged, guards whole."""
-    subject, worst = made.subject, None
-    before = {name: array.clone() for name, array in made.packed.arrays.items()}
-    for x, expected in zip(subject.xs, subject.references, strict=True):
-        buffer, here = made.buffer(), x.clone()
-        made.call(here, buffer.out)
-        if not _same(here, x):
-            raise _EndError("incorrect", "writes to its input x")
-        verdict = _verdict(made, buffer, expected)
-        worst = verdict if worst is None or verdict.worst > worst.worst else worst
-    if any(not _same(before[name], array) for name, array in made.packed.arrays.items()):
-        raise _EndError("incorrect", "writes to its packed weight")
-    assert worst is not None, "a subject has two batches"
-    return worst
-
-
-def _verdict(made: _Made, buffer: Buffer, expected: Reference) -> Check:
-    if not buffer.guards_hold():
-        raise _EndError("incorrect", "writes outside its output")
-    kernel, problem = made.kernel, made.subject.problem
-    verdict = oracle.check(
-        buffer.out, expected, weights=kernel.rounds_to(problem), chain=kernel.half_chain
-    )
-    if not verdict.passed:
-        raise _EndError(
-            "incorrect",
-            f"error {verdict.worst:.3g} times its bound (max abs {verdict.max_abs:.3g})",
-        )
-    return verdict
-
-
-def _peak(made: _Made) -> tuple[int | None, float]:
-    """Bytes allocated beside weight, x and out by a call, held against the footprint; its time."""
-    buffer, x = made.buffer(), made.subject.xs[0].clone()
-    seconds = 0.0
-
-    def call() -> None:
-        nonlocal seconds
-        start = time.perf_counter()
-        made.call(x, buffer.out)
-        seconds = time.perf_counter() - start
-
-    peak = memory.peak_during(call, made.subject.place)
-    declared = made.declared.workspace_bytes
-    if peak is not None and peak > declared + memory.SLACK:
-        raise _EndError(
-            "incorrect",
-            f"allocates {peak:,} bytes a call but declares {declared:,}: a hidden copy",
-        )
-    return peak, seconds
-
-
-def _serves(made: _Made) -> None:
+def _serves(made: Made) -> None:
     """End unless the kernel gives the same bits twice and, on a GPU, runs in a CUDA graph."""
     subject = made.subject
     x, first, again = subject.xs[0].clone(), made.buffer(), made.buffer()
     made.call(x, first.out)
     made.call(x, again.out)
-    if not _same(first.whole, again.whole):
-        raise _EndError("incorrect", "gives other bits for the same input")
+    for buffer in (first, again):
+        escapes.verdict(made, buffer, subject.references[0])
+    if not escapes.same(first.whole, again.whole):
+        raise EndError("incorrect", "gives other bits for the same input")
     if subject.place == "cpu":
         return
 
@@ -316,14 +163,15 @@ def _serves(made: _Made) -> None:
         torch.cuda.synchronize()
 
     try:
-        _guarded(replayed, "runtime")
-    except _EndError as end:
-        raise _EndError("runtime", f"in a CUDA graph: {end.reason}") from end
-    _verdict(made, again, subject.references[1])
+        guarded(replayed, "runtime")
+    except EndError as end:
+        raise EndError("runtime", f"in a CUDA graph: {end.reason}") from end
+    escapes.verdict(made, again, subject.references[1])
 
 
 def _timed(
-    made: Sequence[_Made],
+    made: Sequence[Made],
+    others: Sequence[Packed],
     facts: Measurement,
     timer: Timer | None,
     budget: Budget,
@@ -331,64 +179,57 @@ def _timed(
     cold: bool,
 ) -> Measurement:
     """`facts` with samples, or what went wrong while they were taken."""
-    try:
-        samples, timing = _time(made, timer, budget, cold)
-    except _EndError as end:
-        return Measurement(status=end.status, reason=end.reason)
-    weight = sum(one.packed.nbytes for one in made)
-    floor = weight / (_FLOOR_MARGIN * bandwidth.best) if bandwidth and cold else None
-    median = sorted(samples)[len(samples) // 2]
-    if floor is not None and median < floor:
-        # a shared machine may have read memory slowly when it was asked: it is asked once more
-        again = measure_bandwidth(made[0].subject.device)
-        floor = min(floor, weight / (_FLOOR_MARGIN * again.best))
-    if floor is not None and median < floor:
-        reason = f"median below the floor of {floor * 1e6:.3g} us: it did not do the work"
-        return Measurement(status="incorrect", reason=reason)
-    return dataclasses.replace(
-        facts, status="ok", samples_s=tuple(samples), timing=timing, floor_s=floor
-    )
-
-
-def _time(
-    made: Sequence[_Made], timer: Timer | None, budget: Budget, cold: bool
-) -> tuple[list[float], Timing]:
     device = made[0].subject.device
     count = cold_copies(sum(one.packed.nbytes for one in made), device) if cold else 1
-    copies = [[one.packed.clone() for one in made] for _ in range(count)]
-    # both batches of each step
-    xs = [[one.subject.xs[turn].clone() for one in made] for turn in (0, 1)]
-    buffers = [[one.buffer() for one in made] for _ in xs]
-
-    def call(turn: int) -> None:
-        batch = turn % 2
-        for one, weight, x, buffer in zip(
-            made, copies[turn % count], xs[batch], buffers[batch], strict=True
-        ):
-            one.run(weight, x, buffer.out)
-
-    # every copy meets both batches, and no copy comes twice in a row
-    turns = range(count * (1 + count % 2))
-    calls = [functools.partial(call, turn) for turn in turns]
-
-    def judge(references: Callable[[Subject], Sequence[Reference]]) -> None:
-        for batch, row in enumerate(buffers):
-            for one, buffer in zip(made, row, strict=True):
-                _verdict(one, buffer, references(one.subject)[batch])
-
-    samples = _guarded(
-        lambda: take_samples(calls, device, budget, cold=cold, timer=timer), "runtime"
+    try:
+        rotation = Rotation.make(made, count)
+        samples = rotation.sample(
+            lambda calls: take_samples(calls, device, budget, cold=cold, timer=timer)
+        )
+        rotation.hold(samples.replay, others)
+        floor = _floor(made, bandwidth if cold else None, statistics.median(samples.seconds))
+    except EndError as end:
+        return Measurement(status=end.status, reason=end.reason)
+    return dataclasses.replace(
+        facts,
+        status="ok",
+        samples_s=tuple(samples.seconds),
+        timing=dataclasses.replace(samples.timing, copies=count),
+        floor_s=floor,
     )
-    judge(lambda subject: subject.references)
-    # the same addresses with x exchanged and out poisoned: a kernel that stopped working, that
-    # remembers outputs by address, or a graph that holds nothing shows
-    for x, other in zip(xs[0], xs[1], strict=True):
-        kept = x.clone()
-        x.copy_(other)
-        other.copy_(kept)
-    for buffer in (buffer for row in buffers for buffer in row):
-        buffer.poison()
-    _guarded(samples.again, "runtime")
-    _guarded(lambda: _wait(made[0].subject.place), "runtime")
-    judge(lambda subject: subject.references[::-1])
-    return samples.seconds, dataclasses.replace(samples.timing, copies=count)
+
+
+def _floor(made: Sequence[Made], bandwidth: Bandwidth | None, median: float) -> float | None:
+    """The least time for the weight's bytes and the operations; ends an attempt that took less.
+
+    None where neither rate is known. bandwidth: None too where the weight may be in cache.
+    """
+    floors = []
+    if bandwidth is not None:
+        weight = sum(one.packed.nbytes for one in made) / _FLOOR_MARGIN
+        best = bandwidth.best
+        if median < weight / best:
+            # a shared machine may have read memory slowly when it was asked: it is asked once more
+            best = max(best, measure_bandwidth(made[0].subject.device).best)
+        floors.append(("read its weight", weight / best))
+    rates = [_fastest_unit(one) for one in made]
+    if all(rates):
+        seconds = sum(one.declared.flops / rate for one, rate in zip(made, rates, strict=True))
+        floors.append(("do its operations", seconds / _FLOOR_MARGIN))
+    for what, floor in floors:
+        if median < floor:
+            reason = f"median below the floor of {floor * 1e6:.3g} us to {what}"
+            raise EndError("incorrect", f"{reason}: it did not do the work")
+    return max((floor for _, floor in floors), default=None)
+
+
+def _fastest_unit(made: Made) -> float:
+    """Operations a second of the device's fastest unit that can serve a problem; 0: unknown.
+
+    x or the entries may be of the faster type; fp32 may be split into halves for tensor cores.
+    """
+    problem = made.subject.problem
+    names = [problem.dtype, problem.spec.codebook_dtype]
+    if problem.dtype == "float32":
+        names += ["float16", "bfloat16"]
+    return max(made.subject.device.flops.get(name, 0.0) for name in names)

@@ -5,14 +5,17 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
-__all__ = ["SLACK", "peak_during", "resident_peak"]
+__all__ = ["SLACK", "kept_by", "peak_during", "resident_peak"]
 
 # Resident memory comes in pages, thread stacks and allocator arenas; what a call needs is told
 # apart from nothing only above this.
 SLACK = 4 << 20
+
+T = TypeVar("T")
 
 
 def peak_during(call: Callable[[], None], place: str) -> int | None:
@@ -29,9 +32,7 @@ def peak_during(call: Callable[[], None], place: str) -> int | None:
         call()
         torch.cuda.synchronize(place)
         return int(torch.cuda.max_memory_allocated(place) - before)
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        trim(0)
+    _trim()
     try:
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
         before = _status_bytes("VmRSS")
@@ -42,12 +43,41 @@ def peak_during(call: Callable[[], None], place: str) -> int | None:
     return max(0, _status_bytes("VmHWM") - before)
 
 
+def kept_by(action: Callable[[], T], place: str) -> tuple[T, int | None]:
+    """What `action` gives, and bytes by which memory in use on `place` has risen when it is over.
+
+    None where the system can't tell. What `action` gives counts too, if it is on `place`.
+    """
+    before = _in_use(place)
+    result = action()
+    after = _in_use(place)
+    return result, None if before is None or after is None else after - before
+
+
 def resident_peak() -> int | None:
     """The most memory that this process has held, in bytes."""
     try:
         return _status_bytes("VmHWM")
     except (OSError, ValueError, KeyError):
         return None
+
+
+def _in_use(place: str) -> int | None:
+    if place.startswith("cuda"):
+        torch.cuda.synchronize(place)
+        return int(torch.cuda.memory_allocated(place))
+    _trim()
+    try:
+        return _status_bytes("VmRSS")
+    except (OSError, ValueError, KeyError):
+        return None
+
+
+def _trim() -> None:
+    """Give what was freed back to the system, where the allocator can be asked to."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 def _status_bytes(field: str) -> int:

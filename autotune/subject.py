@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 from pathlib import Path
 
@@ -19,11 +20,28 @@ from vqkernels.oracle import Reference
 from vqkernels.problem import Problem
 from vqkernels.tensor import QuantizedTensor
 
-__all__ = ["Buffer", "Subject", "make_subject"]
+__all__ = ["Buffer", "Other", "Subject", "make_subject"]
 
 # Out stands between guards of this many elements: a store past its end shows.
 _GUARD = 256
 _SENTINEL = 12345.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Other:
+    """Another weight of a subject's format and shape, and what it makes of the same tokens.
+
+    tensor, placed: as a subject's. references: of output rows from `start` on, for both batches.
+    """
+
+    tensor: QuantizedTensor
+    placed: QuantizedTensor
+    start: int
+    references: tuple[Reference, Reference]
+
+    def source(self, kernel: Kernel) -> QuantizedTensor:
+        """The weight as `kernel` packs it."""
+        return self.placed if kernel.packs_anywhere else self.tensor
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,6 +64,28 @@ class Subject:
     def source(self, kernel: Kernel) -> QuantizedTensor:
         """The weight as `kernel` packs it: from `place` if it can, which saves minutes there."""
         return self.placed if kernel.packs_anywhere else self.tensor
+
+    @functools.cached_property
+    def other(self) -> Other:
+        """Codes a row further and entries one further: a weight that no kernel can have kept.
+
+        The oracle sees its last rows only: all of them take it seconds.
+        """
+        m, start = self.problem.m, oracle.tail(self.tensor)
+        tensor = _turned(self.tensor)
+        placed = tensor if self.placed is self.tensor else _turned(self.placed)
+        expected = oracle.reference(placed.rows(start, placed.n), torch.cat(self.xs))
+        both = (expected.tokens(0, m), expected.tokens(m, 2 * m))
+        return Other(tensor=tensor, placed=placed, start=start, references=both)
+
+
+def _turned(tensor: QuantizedTensor) -> QuantizedTensor:
+    books = {
+        name: part.roll(1, dims=2)
+        for name, part in tensor.parts.items()
+        if name.startswith("codebook_")
+    }
+    return tensor.replace_parts(codes=tensor.parts["codes"].roll(1, dims=0), **books)
 
 
 def make_subject(
@@ -128,6 +168,11 @@ class Buffer:
     def poison(self) -> None:
         """Fill what a kernel has to write."""
         self.out.fill_(float("nan"))
+
+    def copy(self) -> Buffer:
+        """What it holds now."""
+        whole = self.whole.clone()
+        return Buffer(whole, whole[_GUARD : _GUARD + self.out.numel()].view(self.out.shape))
 
     def guards_hold(self) -> bool:
         """Whether nothing was written beside it."""

@@ -30,6 +30,7 @@ __all__ = [
     "capture",
     "cold_copies",
     "default_timer",
+    "keep_busy",
     "pinned_threads",
     "set_threads",
     "take_samples",
@@ -67,11 +68,11 @@ class Budget:
 
 @dataclasses.dataclass(frozen=True)
 class Samples:
-    """Seconds of each call, how they were taken, and `again`: two calls at least, in that way."""
+    """Seconds of each call, how they were taken, and `replay`: of the graph, where there is one."""
 
     seconds: list[float]
     timing: Timing
-    again: Callable[[], None]
+    replay: Callable[[], None] | None = None
 
 
 def cold_copies(nbytes: int, device: Device) -> int:
@@ -123,6 +124,11 @@ def capture(calls: Calls) -> Any:
     return graph
 
 
+def keep_busy(seconds: float) -> None:
+    """Queue a kernel that keeps the current stream busy for so long at least."""
+    torch.cuda._sleep(round(seconds * _SPIN_HZ))  # type: ignore[no-untyped-call]
+
+
 def _cpu_samples(calls: Calls, budget: Budget, cold: bool) -> Samples:
     with pinned_threads() as pinned:
         turns = itertools.cycle(calls)
@@ -142,7 +148,7 @@ def _cpu_samples(calls: Calls, budget: Budget, cold: bool) -> Samples:
         threads=torch.get_num_threads(),
         pinned=pinned,
     )
-    return Samples(samples, timing, lambda: _run(calls[:2]))
+    return Samples(samples, timing)
 
 
 def set_threads(threads: int) -> None:
@@ -164,11 +170,6 @@ def pinned_threads() -> Iterator[bool]:
         return
     with pinned() as done:
         yield done
-
-
-def _run(calls: Calls) -> None:
-    for call in calls:
-        call()
 
 
 def _warm_up(
@@ -213,7 +214,7 @@ def _event_samples(calls: Calls, budget: Budget, cold: bool) -> Samples:
         copies=len(calls),
         cache=_cache_state(cold),
     )
-    return Samples(samples, timing, lambda: _run(calls[:2]))
+    return Samples(samples, timing)
 
 
 def _graph_samples(calls: Calls, budget: Budget, cold: bool) -> Samples:
@@ -249,7 +250,7 @@ class _Spin:
     def time(self, steps: Iterator[Callable[[], None]], number: int) -> list[float]:
         """Seconds that each of the next `number` steps takes on the GPU."""
         while self._seconds <= _LONGEST_SPIN_S:
-            torch.cuda._sleep(round(self._seconds * _SPIN_HZ))  # type: ignore[no-untyped-call]
+            keep_busy(self._seconds)
             spun = _event()
             spun.record()
             pairs = [_between_events(next(steps)) for _ in range(number)]

@@ -22,7 +22,7 @@ from torch import Tensor
 from vqkernels.spec import CodebookSpec
 from vqkernels.tensor import QuantizedTensor, row_step
 
-__all__ = ["UNIT_ROUNDOFF", "Check", "Reference", "check", "negative_controls", "reference"]
+__all__ = ["UNIT_ROUNDOFF", "Check", "Reference", "check", "negative_controls", "reference", "tail"]
 
 UNIT_ROUNDOFF = MappingProxyType({"float32": 2.0**-24, "float16": 2.0**-11, "bfloat16": 2.0**-8})
 
@@ -131,12 +131,16 @@ def negative_controls(tensor: QuantizedTensor, x: Tensor) -> dict[str, bool]:
     Made on a slice of rows at the end of the matrix, where tails live. Controls that a format
     can't have (a dropped stage of one) are absent.
     """
-    step = row_step(tensor.spec)
-    span = max(step, min(64, tensor.n) // step * step)
-    start = max(0, (tensor.n - span) // step * step)
-    part = tensor.rows(start, tensor.n)
+    part = tensor.rows(tail(tensor), tensor.n)
     expected = reference(part, x)
     return {name: not check(out, expected).passed for name, out in _broken(part, x, expected)}
+
+
+def tail(tensor: QuantizedTensor) -> int:
+    """The first of some 64 rows at the end, which can be cut off: a part that is soon judged."""
+    step = row_step(tensor.spec)
+    span = max(step, min(64, tensor.n) // step * step)
+    return max(0, (tensor.n - span) // step * step)
 
 
 def _broken(part: QuantizedTensor, x: Tensor, expected: Reference) -> Iterator[tuple[str, Tensor]]:

@@ -30,7 +30,7 @@ class FakeGpu:
     """The host's clock `now`, and `free`: when the GPU will have done all that is queued."""
 
     def __init__(self) -> None:
-        self.now = self.free = 0.0
+        self.now = self.free = self.beside_until = 0.0
         self.spins: list[float] = []
         self.graphs: list[Graph] = []
         self.devices: set[int] = set()
@@ -49,10 +49,20 @@ class FakeGpu:
         self.free = max(self.free, self.now) + gpu_s
         run()
 
+    def launch_beside(self, gpu_s: float, run: Callable[[], None], host_s: float = 1e-6) -> None:
+        """A kernel on another stream: it waits for nothing that is queued on the current one.
+
+        So it comes before what was queued to write x and out, and what it writes is overwritten.
+        """
+        self.now += host_s
+        if self.free <= self.now:
+            run()
+        self.beside_until = max(self.beside_until, self.now + gpu_s)
+
     def synchronize(self, _: object = None) -> None:
         if self.capturing is not None:
             raise RuntimeError("operation not permitted when stream is capturing")
-        self.now = max(self.now, self.free)
+        self.now = max(self.now, self.free, self.beside_until)
 
     def _sleep(self, cycles: int) -> None:
         self.spins.append(cycles / timers._SPIN_HZ)

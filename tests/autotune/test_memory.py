@@ -37,6 +37,14 @@ def test_memory_that_the_allocator_had_kept_counts(known):
     assert top
 
 
+def test_what_stays_counts_and_what_is_freed_does_not(known):
+    kept, nbytes = memory.kept_by(lambda: torch.ones(16 * MIB), "cpu")
+    assert kept.numel() == 16 * MIB
+    assert 60 * MIB < nbytes < 80 * MIB
+    _, nbytes = memory.kept_by(lambda: [torch.ones(16 * MIB) for _ in range(2)] and None, "cpu")
+    assert nbytes < memory.SLACK
+
+
 @pytest.mark.parametrize("error", [ValueError, KeyError, OSError])
 def test_an_error_of_the_call_is_not_mistaken_for_the_systems(error):
     calls = []
@@ -59,6 +67,7 @@ def test_a_system_that_tells_nothing_gives_none_after_one_call(monkeypatch):
     assert memory.peak_during(lambda: calls.append(1), "cpu") is None
     assert memory.resident_peak() is None
     assert calls == [1]
+    assert memory.kept_by(lambda: "made", "cpu") == ("made", None)
 
 
 def test_the_processs_peak_is_what_the_system_says(known):
@@ -79,3 +88,4 @@ def test_a_gpu_tells_by_its_allocator(monkeypatch):
     assert memory.peak_during(lambda: steps.append("call"), "cuda:0") == 30
     assert steps.index("reset_peak_memory_stats") < steps.index("call")
     assert steps[steps.index("call") + 1] == "synchronize"
+    assert memory.kept_by(lambda: "made", "cuda:0") == ("made", 0)
