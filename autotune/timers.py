@@ -17,7 +17,7 @@ import itertools
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 
@@ -27,6 +27,7 @@ from vqkernels.device import Device
 __all__ = [
     "Budget",
     "Samples",
+    "Turns",
     "capture",
     "cold_copies",
     "default_timer",
@@ -34,6 +35,7 @@ __all__ = [
     "pinned_threads",
     "set_threads",
     "take_samples",
+    "taking_turns",
 ]
 
 Calls = Sequence[Callable[[], None]]
@@ -46,6 +48,8 @@ _LONGEST_SPIN_S = 2.0
 _BATCH_CALLS, _BATCH_S = 16, 2e-3
 # Enough to tell that a config is several times too slow.
 _FEW_SAMPLES = 3
+# A turn: a shared machine is slow for tens of milliseconds to some seconds at a time.
+_SLICE_S = 0.01
 # A replay is so long at least, so that the microseconds before its first kernel are nothing.
 _REPLAY_S = 1e-3
 
@@ -73,6 +77,49 @@ class Samples:
     seconds: list[float]
     timing: Timing
     replay: Callable[[], None] | None = None
+
+
+class Turns(Protocol):
+    """Whose turn it is to take samples, of processes that are compared."""
+
+    def wait(self) -> None:
+        """Until it is this process's turn, which ends where it waits again or is done."""
+
+    def done(self) -> None:
+        """No more turns are wanted: wait until nobody wants one."""
+
+
+@contextlib.contextmanager
+def taking_turns(turns: Turns) -> Iterator[None]:
+    """Within, `take_samples` takes a slice of its samples a turn."""
+    global _turns
+    _turns = turns
+    try:
+        yield
+    finally:
+        _turns = None
+
+
+_turns: Turns | None = None
+
+
+def _slices(budget: Budget) -> Iterator[Budget]:
+    """The parts of a budget; each warms up anew, since another's turn has used the caches."""
+    if _turns is None:
+        yield budget
+        return
+    count = max(1, math.ceil(budget.seconds / _SLICE_S))
+    part = dataclasses.replace(
+        budget,
+        warmup_s=budget.warmup_s / count,
+        seconds=budget.seconds / count,
+        min_samples=math.ceil(budget.min_samples / count),
+        max_samples=math.ceil(budget.max_samples / count),
+    )
+    for _ in range(count):
+        _turns.wait()
+        yield part
+    _turns.done()
 
 
 def cold_copies(nbytes: int, device: Device) -> int:
@@ -132,14 +179,10 @@ def keep_busy(seconds: float) -> None:
 def _cpu_samples(calls: Calls, budget: Budget, cold: bool) -> Samples:
     with pinned_threads() as pinned:
         turns = itertools.cycle(calls)
-        _warm_up(turns, budget)
         samples: list[float] = []
-        end = time.perf_counter() + budget.seconds
-        while _more(samples, budget, end):
-            call = next(turns)
-            start = time.perf_counter_ns()
-            call()
-            samples.append((time.perf_counter_ns() - start) * 1e-9)
+        for part in _slices(budget):
+            _warm_up(turns, part)
+            samples += _part(lambda: [_clocked(next(turns))], part)
     timing = Timing(
         timer="perf_counter",
         warmup_s=budget.warmup_s,
@@ -149,6 +192,21 @@ def _cpu_samples(calls: Calls, budget: Budget, cold: bool) -> Samples:
         pinned=pinned,
     )
     return Samples(samples, timing)
+
+
+def _clocked(call: Callable[[], None]) -> float:
+    start = time.perf_counter_ns()
+    call()
+    return (time.perf_counter_ns() - start) * 1e-9
+
+
+def _part(take: Callable[[], list[float]], budget: Budget) -> list[float]:
+    """Samples until the budget is spent; `take` gives the next ones."""
+    samples: list[float] = []
+    end = time.perf_counter() + budget.seconds
+    while _more(samples, budget, end):
+        samples += take()
+    return samples
 
 
 def set_threads(threads: int) -> None:
@@ -200,14 +258,18 @@ def _cache_state(cold: bool) -> dict[str, Literal["hot", "cold"]]:
 def _event_samples(calls: Calls, budget: Budget, cold: bool) -> Samples:
     """One call between two events; the spin before a batch keeps launches out of it."""
     turns = itertools.cycle(calls)
-    _warm_up(turns, budget, torch.cuda.synchronize)
     samples: list[float] = []
     spin, batch = _Spin(), 1
-    end = time.perf_counter() + budget.seconds
-    while _more(samples, budget, end):
+
+    def take() -> list[float]:
+        nonlocal batch
         seconds = spin.time(turns, batch)
-        samples += seconds
         batch = max(1, min(_BATCH_CALLS, int(_BATCH_S / max(min(seconds), 1e-6))))
+        return seconds
+
+    for part in _slices(budget):
+        _warm_up(turns, part, torch.cuda.synchronize)
+        samples += _part(take, part)
     timing = Timing(
         timer="cuda_event",
         warmup_s=budget.warmup_s,
@@ -229,9 +291,8 @@ def _graph_samples(calls: Calls, budget: Budget, cold: bool) -> Samples:
     replays = itertools.repeat(graph.replay)
     spin.time(replays, 1)  # the first replay uploads the graph
     samples: list[float] = []
-    end = time.perf_counter() + budget.seconds
-    while _more(samples, budget, end):
-        samples += [replay_s / number for replay_s in spin.time(replays, 2)]
+    for part in _slices(budget):
+        samples += _part(lambda: [taken / number for taken in spin.time(replays, 2)], part)
     timing = Timing(
         timer="cuda_graph",
         warmup_s=budget.warmup_s,

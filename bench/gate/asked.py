@@ -25,8 +25,8 @@ F = TypeVar("F", bound=Callable[..., Any])
 _OPTIONS = (
     click.option("--pairs", default=7, type=click.IntRange(3, 99), help="Pairs of processes."),
     click.option("--seed", default=0, help="Of activations, synthetic weights and the quantizer."),
-    click.option("--time", "seconds", default=0.1, help="Seconds of samples, a case and process."),
-    click.option("--samples", default=200, type=click.IntRange(7), help="At most so many samples."),
+    click.option("--time", "seconds", default=0.3, help="Seconds of samples, a case and process."),
+    click.option("--samples", default=300, type=click.IntRange(7), help="At most so many samples."),
     click.option("--hot", is_flag=True, help="Measure with the weight in cache; marked so."),
     click.option("--results", default="results", type=click.Path(path_type=Path), help="Folder."),
     click.option("--resume", type=click.Path(path_type=Path), help="Go on with these records."),

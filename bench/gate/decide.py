@@ -11,9 +11,10 @@ from autotune.measurement import Measurement
 from autotune.verdict import Comparison, Judgement, judge, settle
 from autotune.verdict import suspects as _suspects
 from bench.gate.job import ABSENT, Target
-from bench.gate.journal import SIDES, Sample, Who
+from bench.gate.journal import Sample
 from bench.gate.noise import Noise
 from bench.gate.outcome import Outcome
+from bench.gate.sides import SIDES, Who
 from bench.gate.thresholds import Thresholds
 from bench.validity import doubts, forbids
 

@@ -17,10 +17,13 @@ from autotune.timers import Budget
 from bench.selection import Selection
 from vqkernels.kernel import Kernel
 
-__all__ = ["ABSENT", "Job", "Target", "inputs_hash", "targets"]
+__all__ = ["ABSENT", "BEGIN", "DONE", "TURN", "Job", "Target", "inputs_hash", "targets"]
 
 # The reason of a case whose kernel a side doesn't have.
 ABSENT = "there is no such kernel"
+
+# What a process asks for: to begin a case, a turn of taking samples, to go on after the last turn.
+BEGIN, TURN, DONE = b"b", b"t", b"d"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

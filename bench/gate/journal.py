@@ -10,21 +10,18 @@ import collections
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from autotune.measurement import Measurement
 from bench.gate.inputs import Facts
 from bench.gate.job import Target
 from bench.gate.process import Process
-from bench.gate.sides import Side
+from bench.gate.sides import SIDES, Side, Who
 from bench.records import Case, RecordFile, measurement_of, read_records
 from vqkernels.errors import ContainerError
 from vqkernels.presets import parse_format
 
-__all__ = ["SIDES", "Journal", "Round", "Sample", "Who", "case_name", "read_options"]
-
-Who = Literal["baseline", "candidate"]
-SIDES: tuple[Who, Who] = ("baseline", "candidate")
+__all__ = ["Journal", "Round", "Sample", "case_name", "read_options"]
 
 
 @dataclasses.dataclass(frozen=True)

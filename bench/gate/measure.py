@@ -1,7 +1,9 @@
 """What a process of a gate does: measure the cases of a job with the `vqkernels` that it finds.
 
-`python -m bench.gate.measure JOB OUT`: a line of JSON for each case, written as the case ends, so
-that a crash costs its own case only; the first line says what measured.
+`python -m bench.gate.measure JOB OUT ASK ANSWER`: a line of JSON for each case in OUT, written as
+the case ends, so that a crash costs its own case only; the first line says what measured. Before
+each case, and before each turn of taking samples, a byte on the descriptor ASK says what is wanted,
+and one on ANSWER that it may be (`process`).
 
 This module and all it imports but `vqkernels` are the same on both sides, so that a difference is
 the kernels' and not the clock's.
@@ -13,6 +15,7 @@ import contextlib
 import ctypes
 import functools
 import json
+import os
 import signal
 import sys
 from collections.abc import Mapping
@@ -22,10 +25,11 @@ from typing import Any
 import vqkernels
 from autotune.evaluate import evaluate
 from autotune.measurement import Measurement
+from autotune.timers import taking_turns
 from bench.environment import device_state
 from bench.gate.identity import code_hash
 from bench.gate.inputs import load_subject, place
-from bench.gate.job import ABSENT, Job, Target
+from bench.gate.job import ABSENT, BEGIN, DONE, TURN, Job, Target
 from bench.gate.slowed import slowed
 from bench.peers import peers
 from vqkernels.device import Device
@@ -39,9 +43,33 @@ __all__ = ["main"]
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
-def main(job_file: str, out_file: str) -> None:
+class _Asking:
+    """The gate's word, over a pair of pipes."""
+
+    def __init__(self, ask: int, answer: int) -> None:
+        self._ask, self._answer = ask, answer
+
+    def begin(self) -> None:
+        """Until the next case may begin."""
+        self._say(BEGIN)
+
+    def wait(self) -> None:
+        """Until it is this process's turn to take samples."""
+        self._say(TURN)
+
+    def done(self) -> None:
+        """Until the other side has taken all of its samples."""
+        self._say(DONE)
+
+    def _say(self, word: bytes) -> None:
+        os.write(self._ask, word)
+        os.read(self._answer, 1)
+
+
+def main(job_file: str, out_file: str, ask: str, answer: str) -> None:
     """Measure each case of the job."""
     _end_with_parent()
+    asking = _Asking(int(ask), int(answer))
     job = Job.from_json(Path(job_file).read_text(encoding="utf-8"))
     device = place(job.device, job.threads)
     with Path(out_file).open("x", encoding="utf-8") as out:
@@ -58,9 +86,11 @@ def main(job_file: str, out_file: str) -> None:
             }
         )
         for case in job.targets:
+            asking.begin()
             tell({"begin": case.name})
             before = device_state(device)
-            measured, facts = _measure(job, case, device)
+            with taking_turns(asking):
+                measured, facts = _measure(job, case, device)
             state = {"before": before, "after": device_state(device)}
             tell({"case": case.name, "state": state, "measurement": measured.to_dict(), **facts})
 

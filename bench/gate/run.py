@@ -17,10 +17,11 @@ from bench.environment import describe_host
 from bench.gate.decide import Conclusion, Rules
 from bench.gate.inputs import Facts, bandwidth, prepare
 from bench.gate.job import Job, Target, inputs_hash, targets
-from bench.gate.journal import SIDES, Journal, Who
+from bench.gate.journal import Journal
 from bench.gate.outcome import Outcome, Report
-from bench.gate.session import Progress, Session, SideError
-from bench.gate.sides import Side, parse_configs, resolve, running, write_harness
+from bench.gate.process import SideError
+from bench.gate.session import Progress, Session
+from bench.gate.sides import SIDES, Side, Who, parse_configs, resolve, running, write_harness
 from bench.records import RecordFile
 from bench.selection import Selection, matching_kernels
 from vqkernels.device import Device, detect, detect_cpu
@@ -50,8 +51,8 @@ class Options:
     threads: int = 1
     dtype: str = "float32"
     seed: int = 0
-    seconds: float = 0.1
-    samples: int = 200
+    seconds: float = 0.3
+    samples: int = 300
     cold: bool = True
     baseline: str | None = None
     candidate: str | None = None

@@ -7,23 +7,14 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from bench.gate.decide import Conclusion, Rules, conclude, suspects
 from bench.gate.job import Job, Target
-from bench.gate.journal import SIDES, Journal, Round, Sample, Who
+from bench.gate.journal import Journal, Round, Sample
 from bench.gate.process import measure
-from bench.gate.sides import Side
-from vqkernels.errors import BackendError
+from bench.gate.sides import SIDES, Side, Who
 
-__all__ = ["Progress", "Session", "SideError"]
+__all__ = ["Progress", "Session"]
 
-# What is measured, in words; how many processes are done; and how many there are.
+# What is measured, in words; how many pairs of processes are done; and how many there are.
 Progress = Callable[[str, int, int], None]
-
-
-class SideError(BackendError):
-    """A side whose processes can't measure at all."""
-
-    def __init__(self, who: Who, reason: str) -> None:
-        super().__init__(reason)
-        self.who = who
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -60,18 +51,16 @@ class Session:
         return [one for samples in self.journal.samples(round).values() for one in samples]
 
     def _pair(self, round: Round, pair: int, cases: Sequence[Target]) -> None:
-        """Both sides right after one another, in an order that alternates."""
+        """A process of each side; who comes first alternates."""
+        if not cases:
+            return
         attempt = self.journal.attempts(round, pair)
+        stage = f"{round.call}, confirmation" if round.number else round.call
+        self.progress(f"{stage}: {len(cases)} cases", pair, self.pairs)
         order = [who for who in SIDES if who in self.sides][:: 1 if pair % 2 == 0 else -1]
-        stage = "confirmation" if round.number else round.call
         job = dataclasses.replace(self.job, targets=tuple(cases))
-        for number, who in enumerate(order if cases else ()):
-            done, total = len(order) * pair + number, len(order) * self.pairs
-            self.progress(f"{stage}: {who}", done, total)
-            try:
-                process = measure(self.sides[who], job, self.harness)
-            except BackendError as error:
-                raise SideError(who, str(error)) from error
+        found = measure({who: self.sides[who] for who in order}, job, self.harness)
+        for who, process in found.items():
             self.journal.write(
                 process,
                 {one.name: one for one in cases},

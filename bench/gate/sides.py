@@ -13,7 +13,7 @@ import sys
 import tarfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import autotune
 import bench
@@ -22,7 +22,10 @@ from bench.selection import matching_kernels
 from vqkernels.errors import BackendError, ConfigError
 from vqkernels.kernel import Kernel
 
-__all__ = ["Side", "parse_configs", "resolve", "running", "write_harness"]
+__all__ = ["SIDES", "Side", "Who", "parse_configs", "resolve", "running", "write_harness"]
+
+Who = Literal["baseline", "candidate"]
+SIDES: tuple[Who, Who] = ("baseline", "candidate")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

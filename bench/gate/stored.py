@@ -16,8 +16,9 @@ from typing import Any
 from bench.gate.decide import Rules, conclude
 from bench.gate.journal import Round, Sample, case_name
 from bench.gate.outcome import Report
+from bench.gate.process import SideError
 from bench.gate.run import Options, open_session
-from bench.gate.session import Progress, SideError
+from bench.gate.session import Progress
 from bench.records import measurement_of, read_records
 from vqkernels.errors import BackendError
 

@@ -13,7 +13,7 @@ from bench.gate import run as gate_run
 from bench.gate import session as gate_session
 from bench.gate.job import Job, Target
 from bench.gate.process import Measured, Process
-from bench.gate.sides import Side
+from bench.gate.sides import Side, Who
 from vqkernels.presets import parse_format
 
 RIGHT = Correctness(worst=0.1, max_abs=0.1, relative_rms=0.1, controls={})
@@ -68,7 +68,10 @@ class Fake:
     calls: list[str] = dataclasses.field(default_factory=list)
     cases: list[int] = dataclasses.field(default_factory=list)
 
-    def __call__(self, side: Side, job: Job, harness: str) -> Process:
+    def __call__(self, sides: Mapping[Who, Side], job: Job, harness: str) -> dict[Who, Process]:
+        return {who: self.process(side, job) for who, side in sides.items()}
+
+    def process(self, side: Side, job: Job) -> Process:
         number = len(self.calls)
         self.calls.append(side.what)
         self.cases.append(len(job.targets))

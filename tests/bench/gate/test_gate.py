@@ -13,6 +13,7 @@ from bench.gate.decide import Rules
 from bench.gate.job import ABSENT
 from bench.gate.noise import CaseNoise, Machine, Noise
 from bench.gate.outcome import EXIT, Report
+from bench.gate.process import SideError
 from bench.gate.run import Options, run_gate
 from bench.gate.thresholds import Limits, Thresholds
 from bench.records import read_records
@@ -240,12 +241,10 @@ def test_what_counts_as_slower(monkeypatch, tmp_path, rules, verdict):
 
 
 def test_a_side_that_does_not_run_is_a_report_too(monkeypatch, tmp_path):
-    for side, code in (("base", "invalid"), ("cand", "wrong")):
+    for who, code in (("baseline", "invalid"), ("candidate", "wrong")):
 
-        def dead(one, job, harness, side=side):
-            if one.what == side:
-                raise BackendError(f"{side}: its process can't measure: ImportError")
-            return Fake({"numba/table": 1.0})(one, job, harness)
+        def dead(sides, job, harness, who=who):
+            raise SideError(who, "its process can't measure: ImportError")
 
         install(monkeypatch, dead, (target(),))
         report = run_gate(OPTIONS, Rules(), tmp_path)

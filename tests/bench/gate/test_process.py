@@ -20,7 +20,7 @@ from autotune.timers import Budget
 from bench.gate import process
 from bench.gate.inputs import load_subject, place, prepare
 from bench.gate.job import ABSENT, Job, Target
-from bench.gate.process import measure
+from bench.gate.process import Process, measure
 from bench.gate.sides import Side, running, write_harness
 from vqkernels.errors import BackendError
 from vqkernels.kernel import registry
@@ -97,12 +97,17 @@ def planted(tmp_path) -> Side:
     return Side(what="planted", python=python, path=(str(root),), root=str(root))
 
 
+def alone(side: Side, job: Job, harness: str) -> Process:
+    """One side's process, as for a stored baseline."""
+    return measure({"candidate": side}, job, harness)["candidate"]
+
+
 def test_a_process_measures_its_own_sides_code(tmp_path, job, planted):
     """One that dies costs its case alone; what is behind it runs in a further process."""
     names = ("torch/dies", "torch/ours", "torch/dequant")
     job = dataclasses.replace(job, targets=tuple(a_target(tmp_path, name) for name in names))
     harness = write_harness(tmp_path / "harness")
-    found = measure(planted, job, harness)
+    found = alone(planted, job, harness)
     died, ours, dequant = found.measured
     assert (died.measurement.status, died.measurement.reason) == (
         "runtime",
@@ -115,16 +120,16 @@ def test_a_process_measures_its_own_sides_code(tmp_path, job, planted):
     assert ours.state["before"] and ours.state["after"]
     assert found.device["kind"] == "cpu"
     assert not list(Path(job.folder).glob("*.job.json")), "nothing is left behind"
-    lost = measure(running(), dataclasses.replace(job, targets=job.targets[1:2]), harness)
+    lost = alone(running(), dataclasses.replace(job, targets=job.targets[1:2]), harness)
     assert lost.measured[0].measurement.reason == ABSENT
 
 
 @pytest.mark.sweep
 def test_a_process_that_hangs_is_ended(tmp_path, job, planted, monkeypatch):
     monkeypatch.setattr(process, "START_S", 8.0)
-    monkeypatch.setattr(process, "CASE_S", 0.0)
+    monkeypatch.setattr(process, "STEP_S", 8.0)
     job = dataclasses.replace(job, targets=(a_target(tmp_path, "torch/sleeps"),))
-    (hung,) = measure(planted, job, write_harness(tmp_path / "harness")).measured
+    (hung,) = alone(planted, job, write_harness(tmp_path / "harness")).measured
     assert hung.measurement.status == "timeout"
     assert "not done after 8 s" in hung.measurement.reason
 
@@ -133,7 +138,7 @@ def test_other_code_than_the_sides_own_is_never_compared(tmp_path, job):
     harness = write_harness(tmp_path / "harness")
     side = dataclasses.replace(running(), what="side", root=str(tmp_path))
     with pytest.raises(BackendError, match=r"side: its process found vqkernels in .*, not in"):
-        measure(side, job, harness)
+        alone(side, job, harness)
     broken = tmp_path / "broken" / "vqkernels"
     broken.mkdir(parents=True)
     (broken / "__init__.py").write_text("raise ImportError('older than this harness')")
@@ -141,9 +146,9 @@ def test_other_code_than_the_sides_own_is_never_compared(tmp_path, job):
     with pytest.raises(
         BackendError, match=r"can't measure: .*ImportError: older than this harness"
     ):
-        measure(side, job, harness)
+        alone(side, job, harness)
     with pytest.raises(BackendError, match="can't be started"):
-        measure(dataclasses.replace(side, python="/no/python"), job, harness)
+        alone(dataclasses.replace(side, python="/no/python"), job, harness)
 
 
 def test_a_gate_that_is_killed_leaves_no_process(tmp_path, job, planted):
