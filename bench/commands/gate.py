@@ -32,15 +32,19 @@ __all__ = ["command"]
 @click.option("--slow", default=0.0, type=click.FloatRange(0), help="Delay the candidate by %.")
 @click.option("--thresholds", type=click.Path(path_type=Path), help="TOML file of thresholds.")
 @click.option("--strict", is_flag=True, help="INCONCLUSIVE fails too, with exit code 4.")
-@click.option("--md", type=click.Path(path_type=Path), help="Append the report as Markdown.")
+@click.option(
+    "--md",
+    type=click.Path(path_type=Path),
+    help="Write it as Markdown; appended to GitHub's step summary.",
+)
 @click.option("--junit", type=click.Path(path_type=Path), help="Write it as JUnit XML.")
 @click.option("--json", type=click.Path(path_type=Path), help="Write it as JSON.")
 @click.option("--dry-run", is_flag=True, help="Say what would be measured, and what it can see.")
 def command(**given: Any) -> None:
     """Measure two versions of the kernels against one another; fail where one became slower.
 
-    Both run in pairs of fresh processes, AB BA AB ..., with the same measuring code; what looks
-    slower is measured once more. Exit codes: 0 pass, 1 slower, 2 usage, 3 wrong results, 4 no
+    Both run in pairs of fresh processes that sample in turns, with the same measuring code; what
+    looks slower is measured once more. Exit codes: 0 pass, 1 slower, 2 usage, 3 wrong results, 4 no
     verdict possible. `vqbench selfcheck` tells the gate how noisy each case is here.
     """
     differing = ("baseline", "candidate", "configs", "baseline_configs", "slow", "resume")

@@ -92,8 +92,10 @@ class Report:
         """0 pass, 1 slower, 3 wrong results, 4 no verdict possible (or none reached, if strict).
 
         The gravest wins: wrong results, then a regression. Advice fails no build, unless results
-        are wrong.
+        are wrong. Where nothing was compared, there is no verdict.
         """
+        if not self.outcomes:
+            return EXIT["invalid"]
         codes = {self.code_of(one) for one in self.outcomes}
         grave = (EXIT[name] for name in ("wrong", "regressed", "invalid"))
         return next((code for code in grave if code in codes), EXIT["pass"])

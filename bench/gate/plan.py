@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
+from autotune.timers import Budget
 from autotune.verdict import detectable
 from bench.gate.decide import Rules
 from bench.gate.job import Target
@@ -18,11 +19,14 @@ from vqkernels.problem import Problem
 
 __all__ = ["plan_text"]
 
-# Seconds of a process before its first case (interpreter, torch, numba), and of a case beside its
-# samples (compiling, checking): a 2-core x86 machine took 3 and 1 to 2 (numba), 2 to 4 on large
-# layers.
-_START_S = 3.0
-_CASE_S = 2.0
+# Seconds of a pair, whose two processes start, compile and check side by side: before its first
+# case (interpreter, torch, numba), for each kernel's code (numba), for each case. Pairs of 2 and of
+# 24 cases took 12 and 16 s on a 2-core x86 machine.
+_START_S = 6.0
+_CODE_S = 2.0
+_CASE_S = 0.3
+# Both sides sample in turns, and each warms up.
+_WARM_UP_S = Budget().warmup_s
 
 _COLUMNS = {"case": "case", "sees": "finds a slowdown of", "why": "because"}
 
@@ -33,14 +37,16 @@ def plan_text(options: Options, rules: Rules, output: str = "table") -> str:
     refusals = {one.name: _refusal(options, one) for one in cases}
     alive = [one for one in cases if refusals[one.name] is None]
     rows = [_row(one, refusals[one.name], len(alive), options, rules) for one in cases]
-    processes = 2 * options.pairs
-    seconds = processes * (_START_S + len(alive) * (_CASE_S + options.seconds))
+    sampling_s = 2 * (_WARM_UP_S + options.seconds)
+    code = {(one.kernel, one.format) for one in alive}
+    pair_s = _START_S + len(code) * _CODE_S + len(alive) * (_CASE_S + sampling_s)
+    seconds = options.pairs * pair_s
     return "\n".join(
         [
             render(rows, _COLUMNS, output),
             "",
-            f"{len(alive)} cases, {processes} processes: about {_duration(seconds)}, and up to as "
-            f"long again where something looks slower",
+            f"{len(alive)} cases, {options.pairs} pairs of processes: about {_duration(seconds)}, "
+            f"and up to as long again where something looks slower",
             *_unknown(alive, rules),
         ]
     )

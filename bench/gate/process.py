@@ -148,9 +148,9 @@ class _Runner:
                 start_new_session=True,
             )
         except OSError as error:
-            raise SideError(
-                self._who, f"{self._side.python}: can't be started: {error.strerror}"
-            ) from error
+            self._close()
+            reason = f"{self._side.python}: can't be started: {error.strerror}"
+            raise SideError(self._who, reason) from error
         finally:
             os.close(ask)
             os.close(answer)
@@ -187,6 +187,9 @@ class _Runner:
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
+        self._close()
+
+    def _close(self) -> None:
         self._log.close()
         os.close(self._ask)
         os.close(self._answer)

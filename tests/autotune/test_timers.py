@@ -18,6 +18,7 @@ from autotune.timers import (
     pinned_threads,
     set_threads,
     take_samples,
+    taking_turns,
 )
 from tests.autotune import fake_cuda, zoo
 
@@ -289,3 +290,46 @@ def test_timing_works_without_numba():
         timeout=120,
     )
     assert done.returncode == 0, done.stderr
+
+
+class Asked:
+    """Turns that are granted at once, and what was asked for between calls."""
+
+    def __init__(self) -> None:
+        self.said: list[str] = []
+
+    def wait(self) -> None:
+        self.said.append("wait")
+
+    def done(self) -> None:
+        self.said.append("done")
+
+
+def test_samples_are_taken_in_turns_that_share_the_budget() -> None:
+    asked = Asked()
+    budget = Budget(seconds=0.05, warmup_s=0, min_samples=10, max_samples=20)
+    with taking_turns(asked):
+        found = take_samples([lambda: asked.said.append("call")], CPU, budget, cold=True)
+    turns = [len(turn.split()) for turn in " ".join(asked.said).split("wait")[1:]]
+    assert asked.said[-1] == "done"
+    assert len(turns) == 5, "of 10 ms each"
+    # a warm-up call each, then 2 to 4 samples; the last turn ends with "done"
+    assert all(3 <= calls <= 6 for calls in turns)
+    assert 10 <= len(found.seconds) <= 20
+    assert len(found.seconds) == asked.said.count("call") - 5
+    asked.said.clear()
+    take_samples([lambda: None], CPU, budget, cold=True)
+    assert not asked.said, "outside nobody is asked"
+
+
+def test_turns_of_a_gpu(monkeypatch) -> None:
+    gpu, asked = fake_cuda.install(monkeypatch), Asked()
+    budget = Budget(seconds=0.03, warmup_s=0, min_samples=3, max_samples=30)
+    for timer in ("cuda_event", "cuda_graph"):
+        asked.said.clear()
+        with taking_turns(asked):
+            found = take_samples(
+                [lambda: gpu.launch(1e-3)] * 2, GPU, budget, cold=True, timer=timer
+            )
+        assert asked.said == ["wait"] * 3 + ["done"], timer
+        assert found.seconds == pytest.approx([1e-3] * len(found.seconds))

@@ -130,7 +130,7 @@ def test_a_dry_run_measures_nothing(monkeypatch):
     assert not fake.calls
     assert "unknown" in done.stdout and "selfcheck" in done.stdout
     assert "refused: one stage leaves nothing to fuse" in done.stdout
-    assert "1 cases, 14 processes: about" in done.stdout
+    assert "1 cases, 7 pairs of processes: about 63 s" in done.stdout
 
 
 # ------------------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ from autotune.bandwidth import Bandwidth
 from autotune.timers import Budget
 from bench.gate import process
 from bench.gate.inputs import load_subject, place, prepare
-from bench.gate.job import ABSENT, Job, Target
+from bench.gate.job import ABSENT, BEGIN, Job, Target
 from bench.gate.process import Process, measure
 from bench.gate.sides import Side, running, write_harness
 from vqkernels.errors import BackendError
@@ -158,9 +158,13 @@ def test_a_gate_that_is_killed_leaves_no_process(tmp_path, job, planted):
     file.write_text(job.to_json(), encoding="utf-8")
     harness = write_harness(tmp_path / "harness")
     parent = (
-        "import subprocess, sys, time\n"
+        "import os, subprocess, sys, time\n"
+        "_, ask = os.pipe()\n"
+        "answer, go = os.pipe()\n"
+        "os.write(go, b'gg')\n"
         "words = [sys.executable, '-P', '-m', 'bench.gate.measure', *sys.argv[1:]]\n"
-        "child = subprocess.Popen(words)\n"
+        "pipes = (ask, answer)\n"
+        "child = subprocess.Popen([*words, *map(str, pipes)], pass_fds=pipes)\n"
         "print(child.pid, flush=True)\n"
         "time.sleep(600)\n"
     )
@@ -176,12 +180,49 @@ def test_a_gate_that_is_killed_leaves_no_process(tmp_path, job, planted):
     until = time.monotonic() + 60
     while not (out.exists() and "begin" in out.read_text()) and time.monotonic() < until:
         time.sleep(0.05)
+    assert _alive(child) and "begin" in out.read_text()
     process.send_signal(signal.SIGKILL)
     process.wait()
     process.stdout.close()
     while _alive(child) and time.monotonic() < until:
         time.sleep(0.05)
     assert not _alive(child)
+
+
+class Stub:
+    """A runner that asks for what a test wrote, and tells what it was granted."""
+
+    def __init__(self, name: str, wants: str, told: list[str]) -> None:
+        self.name, self._coming, self._told = name, list(wants), told
+        self.wants: bytes | None = BEGIN
+
+    @property
+    def in_case(self) -> bool:
+        return self.wants not in (None, BEGIN)
+
+    def go(self) -> None:
+        self._told.append(f"{self.name} {self.wants.decode() if self.wants else 'new'}")
+
+    def hear(self) -> None:
+        self.wants = self._coming.pop(0).encode()
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "granted"),
+    [
+        ("ttdb", "ttdb", "A b, B b, A t, B t, A t, B t, A d, B d"),
+        # the second waits with its post-checks until the first has all of its samples
+        ("tttdb", "tdb", "A b, B b, A t, B t, A t, A t, A d, B d"),
+        # what has failed before it was timed waits for the next case
+        ("b", "tdb", "A b, B b, B t, B d"),
+        # a floor that is measured once more, after the last turn
+        ("tdtdb", "tdb", "A b, B b, A t, B t, A d, B d, A t, A d"),
+    ],
+)
+def test_sides_take_turns_and_nothing_else_runs_beside_one(first, second, granted):
+    told: list[str] = []
+    process._case([Stub("A", first, told), Stub("B", second, told)])  # type: ignore[list-item]
+    assert ", ".join(told) == granted
 
 
 def _alive(pid: int) -> bool:

@@ -195,7 +195,7 @@ def test_json_is_the_report_with_null_for_what_is_infinite():
     assert read["outcomes"][0]["smallest"] is None
     assert read["outcomes"][0]["baseline_s"] == 26.7e-6
     assert read["outcomes"][0]["doubts"] == ["d"]
-    assert read["exit_code"] == 0
+    assert read["exit_code"] == 4
 
 
 def test_each_form_goes_to_its_file(tmp_path):
@@ -232,7 +232,7 @@ def test_a_pipe_is_written_to_and_stays_one(tmp_path):
     reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
     try:
         render.write_reports(report(), {"json": pipe})
-        assert json.loads(os.read(reader, 65536))["exit_code"] == 0
+        assert json.loads(os.read(reader, 65536))["exit_code"] == 4
     finally:
         os.close(reader)
     assert pipe.is_fifo()
@@ -278,7 +278,7 @@ def test_one_file_that_can_not_be_written_loses_no_other(tmp_path):
     targets = {"junit": gone, "json": tmp_path / "report.json"}
     with pytest.raises(ContainerError, match=r"gone/report\.xml: can't be written"):
         render.write_reports(report(), targets)
-    assert json.loads((tmp_path / "report.json").read_text())["exit_code"] == 0
+    assert json.loads((tmp_path / "report.json").read_text())["exit_code"] == 4
 
 
 def test_what_can_not_be_written_is_told_before(tmp_path, monkeypatch):

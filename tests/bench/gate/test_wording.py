@@ -133,7 +133,11 @@ NAME = "minilm {} rq-2x256x8 m=1 float32 numba/table"
             {"advisory": True},
             f"1 of 1 cases REGRESSED: {NAME.format('a')}; exit code 0 (advisory)",
         ),
-        ([], {"skipped": {"x": "new"}}, "no case was compared, 1 skipped; exit code 0 (passed)"),
+        (
+            [],
+            {"skipped": {"x": "new"}},
+            "no case was compared, 1 skipped; exit code 4 (no verdict)",
+        ),
     ],
 )
 def test_the_closing_line(cases, fields, line):
