@@ -27,6 +27,9 @@ Row = Mapping[str, Any]
 # The run that a record is of (and in a gate its pair), and which one it is of several in that run.
 Run = tuple[str, int]
 
+# What tells the pairs in a gate's file apart.
+_PAIR = ("call", "number", "pair")
+
 _LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 
@@ -202,9 +205,16 @@ def _read(path: Path) -> pd.DataFrame:
         raise ContainerError(f"{path}: holds no records; measure with `vqbench run`")
     gates = [row.get("gate") or {} for row in _rows(frame)]
     return frame.assign(
-        side=[str(gate.get("side", "")) for gate in gates],
-        pair=[str(gate.get("pair", "")) for gate in gates],
+        side=[_side(gate) for gate in gates],
+        # a selfcheck's calls, and a gate's confirmation, number their pairs anew
+        pair=["/".join(str(gate.get(name, "")) for name in _PAIR) for gate in gates],
     )
+
+
+def _side(gate: Mapping[str, Any]) -> str:
+    """The side of a gate, and in a selfcheck by how much it was slowed down."""
+    slow = gate.get("slow") or 0
+    return f"{gate.get('side', '')}{f' slowed by {slow:.0%}' if slow else ''}"
 
 
 def _sides(path: Path, frame: pd.DataFrame) -> list[tuple[Path, str, pd.DataFrame]]:

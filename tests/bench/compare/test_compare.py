@@ -426,6 +426,25 @@ def test_the_sides_of_a_gate_are_compared_pair_by_pair(a: Path) -> None:
     assert f"B: {a} (candidate): 7 records" in text(str(a))
 
 
+def test_the_calls_of_a_selfcheck_are_told_apart(a: Path) -> None:
+    """By how much its candidate was slowed, and their pairs by the call."""
+    records = [
+        record(us * drift, gate={"side": side, "pair": pair, "call": call, "slow": slow})
+        for call, drift, slow in (("A/A 1", 1.0, 0.0), ("A/A 2", 3.0, 0.0), ("5 %", 9.0, 0.05))
+        for pair in range(6)
+        for side, us in (("baseline", 100.0), ("candidate", 101.0 + 100 * slow))
+        if side == "candidate" or not slow
+    ] + [record(900.0, gate={"side": "baseline", "pair": p, "call": "5 %"}) for p in range(6)]
+    first, same, slowed = rows(write(a, *records))
+    assert [one["side"] for one in (first, same, slowed)] == [
+        "baseline",
+        "candidate",
+        "candidate slowed by 5%",
+    ]
+    assert same["ratio"] == pytest.approx(1.01)
+    assert slowed["ratio"] == pytest.approx(1.06)
+
+
 def dense(us: float, **changes: Any) -> dict[str, Any]:
     return record(us, kernel="torch/dense", **changes)
 
