@@ -25,7 +25,7 @@ __all__ = ["command"]
     "--baseline",
     help="Git revision, checkout, virtual environment, or results (.jsonl: advisory).",
 )
-@click.option("--candidate", help="A revision, checkout or environment; else what runs.")
+@click.option("--candidate", help="The same, but results; else the working tree, or what runs.")
 @asking
 @click.option("--config", "configs", multiple=True, help="Candidate's: kernel:name=value,...")
 @click.option("--baseline-config", "baseline_configs", multiple=True, help="The baseline's.")

@@ -21,7 +21,7 @@ from bench.gate.journal import Journal
 from bench.gate.outcome import Outcome, Report
 from bench.gate.process import SideError
 from bench.gate.session import Progress, Session
-from bench.gate.sides import SIDES, Side, Who, parse_configs, resolve, running, write_harness
+from bench.gate.sides import Side, Who, opposite, parse_configs, resolve, running, write_harness
 from bench.records import RecordFile
 from bench.selection import Selection, matching_kernels
 from vqkernels.device import Device, detect, detect_cpu
@@ -37,8 +37,9 @@ _PREPARE_S = 1800.0
 class Options:
     """What a gate is asked for, as plain values: its records carry them, to go on with.
 
-    baseline, candidate: see `sides.resolve`; None: what runs. configs: see `sides.parse_configs`.
-    slow: the candidate's calls are delayed by this share. seconds, samples: of a case in a process.
+    baseline, candidate: see `sides.resolve`; None: what runs, or `sides.opposite`. configs: see
+    `sides.parse_configs`. slow: the candidate's calls are delayed by this share. seconds, samples:
+    of a case in a process.
     """
 
     workloads: tuple[str, ...] = ("llama2-7b",)
@@ -192,21 +193,21 @@ def open_session(
 def make_sides(options: Options, folder: Path) -> dict[Who, Side]:
     """Both sides, or the candidate alone where the baseline is stored."""
     found: dict[Who, Side] = {}
-    names: dict[Who, str | None] = {
-        "baseline": options.baseline,
-        "candidate": options.candidate,
-    }
-    texts = {"baseline": options.baseline_configs, "candidate": options.configs}
-    for who in SIDES:
-        name = names[who]
-        if who == "baseline" and options.stored:
-            continue
-        side = running() if name is None else resolve(name, folder / who)
-        configs = parse_configs(texts[who])
-        slow = options.slow if who == "candidate" else 0.0
-        words = [side.what, *texts[who], *([f"slowed by {slow:.0%}"] if slow else [])]
-        found[who] = dataclasses.replace(side, what=", ".join(words), configs=configs, slow=slow)
+    if not options.stored:
+        name = options.baseline
+        side = running() if name is None else resolve(name, folder / "baseline")
+        found["baseline"] = _configured(side, options.baseline_configs)
+    name = options.candidate
+    side = resolve(name, folder / "candidate") if name else opposite(found.get("baseline"))
+    found["candidate"] = _configured(side, options.configs, options.slow)
     return found
+
+
+def _configured(side: Side, texts: Sequence[str], slow: float = 0.0) -> Side:
+    """A side with its configs and delay, and both in its name."""
+    words = [side.what, *texts, *([f"slowed by {slow:.0%}"] if slow else [])]
+    configs = parse_configs(texts)
+    return dataclasses.replace(side, what=", ".join(words), configs=configs, slow=slow)
 
 
 def _header(options: Options, rate: Bandwidth, budget: Budget) -> dict[str, Any]:

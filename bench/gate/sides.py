@@ -22,7 +22,16 @@ from bench.selection import matching_kernels
 from vqkernels.errors import BackendError, ConfigError
 from vqkernels.kernel import Kernel
 
-__all__ = ["SIDES", "Side", "Who", "parse_configs", "resolve", "running", "write_harness"]
+__all__ = [
+    "SIDES",
+    "Side",
+    "Who",
+    "opposite",
+    "parse_configs",
+    "resolve",
+    "running",
+    "write_harness",
+]
 
 Who = Literal["baseline", "candidate"]
 SIDES: tuple[Who, Who] = ("baseline", "candidate")
@@ -71,6 +80,14 @@ def resolve(name: str, folder: Path) -> Side:
     short = commit[:9]
     found = _checkout(folder, f"{name} ({short})" if not commit.startswith(name) else short)
     return dataclasses.replace(found, revision=commit)
+
+
+def opposite(baseline: Side | None) -> Side:
+    """The candidate where none is named: of a revision the working tree, else what runs."""
+    top = _git("rev-parse", "--show-toplevel")
+    if baseline is None or baseline.revision is None or top is None:
+        return running()
+    return _checkout(Path(top), "working tree")
 
 
 def _folder(place: Path) -> Side:

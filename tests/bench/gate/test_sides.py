@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from bench.gate import sides
-from bench.gate.sides import parse_configs, resolve, running, write_harness
+from bench.gate.sides import opposite, parse_configs, resolve, running, write_harness
 from vqkernels.errors import BackendError, ConfigError, SpecError
 
 
@@ -54,6 +55,18 @@ def test_a_revision_is_its_files_and_leaves_nothing_in_git(repository, tmp_path)
         assert side.python == sys.executable
     assert git(repository, "worktree", "list") == before
     assert git(repository, "status", "--porcelain") == "M vqkernels/__init__.py"
+
+
+def test_a_revision_is_held_against_the_working_tree(repository, tmp_path):
+    """Found from within it, and on the same kind of path."""
+    inside = repository / "vqkernels"
+    os.chdir(inside)
+    baseline = resolve("HEAD", tmp_path / "files")
+    side = opposite(baseline)
+    assert (code(side), side.what) == ("uncommitted", "working tree")
+    assert len(side.path) == len(baseline.path)
+    assert opposite(resolve(str(repository), tmp_path / "unused")) == running()
+    assert opposite(None) == running()
 
 
 def test_a_commit_is_called_by_its_hash_once(repository, tmp_path):

@@ -39,7 +39,7 @@ def command(repository: Path, *words: str) -> list[str]:
     selection = ["-w", str(repository.parent / "tiny.toml"), "-k", "torch/dequant", "-m", "1"]
     options = ["--pairs", "3", "--time", "0.05", "--results", str(repository.parent / "results")]
     gate = [sys.executable, "-P", "-m", "bench.cli", "gate"]
-    return [*gate, "--baseline", "HEAD", "--candidate", ".", *selection, *options, *words]
+    return [*gate, "--baseline", "HEAD", *selection, *options, *words]
 
 
 def environment(repository: Path) -> dict[str, str]:
