@@ -142,7 +142,7 @@ class _Case:
         return None
 
     def _forbidden(self) -> str | None:
-        found = [reasons for one in self.samples if (reasons := forbids(*_states(one)))]
+        found = [reasons for one in self.samples if (reasons := forbids(*self._states(one)))]
         return (
             f"{found[0][0]} (in {len(found)} of {len(self.samples)} processes)" if found else None
         )
@@ -157,8 +157,17 @@ class _Case:
 
     def doubts(self) -> tuple[str, ...]:
         """What was odd, each once."""
-        found = (reason for one in self.samples for reason in doubts(*_states(one)))
+        found = (reason for one in self.samples for reason in doubts(*self._states(one)))
         return tuple(dict.fromkeys(found))
+
+    def _states(self, one: Sample) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
+        """Before and after; what the pair's other process did meanwhile is no stranger's."""
+        before, after = one.state.get("before", {}), one.state.get("after", {})
+        if "own_cpu_s" not in after:
+            return before, after
+        others = [o for o in self.samples if o.pair == one.pair and o.side != one.side]
+        spent = after["own_cpu_s"] + sum(_own_cpu_s(other) for other in others)
+        return before, {**after, "own_cpu_s": spent}
 
     def medians(self, who: Who) -> list[float]:
         """Of each process of a side, in seconds."""
@@ -176,8 +185,9 @@ class _Case:
         )
 
 
-def _states(one: Sample) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
-    return one.state.get("before", {}), one.state.get("after", {})
+def _own_cpu_s(one: Sample) -> float:
+    before, after = one.state.get("before", {}), one.state.get("after", {})
+    return float(after.get("own_cpu_s", 0.0) - before.get("own_cpu_s", 0.0))
 
 
 def _cases(targets: Sequence[Target], samples: Sequence[Sample]) -> list[_Case]:

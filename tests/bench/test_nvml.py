@@ -193,6 +193,18 @@ def test_what_started_the_run_is_foreign_to_it(monkeypatch, processes):
     assert [one["pid"] for one in gpu_state(UUID)["foreign"]] == [SHELL]
 
 
+def test_a_run_may_be_named_to_processes_of_other_interpreters(monkeypatch, processes):
+    """As a gate does, whose sides are environments of their own."""
+    install(monkeypatch, *[Gpu(processes=(Process(RUN), Process(SIBLING)))] * 3)
+    (processes / str(WORKER) / "exe").unlink()
+    (processes / str(WORKER) / "exe").symlink_to("/opt/other/bin/python3")
+    assert [one["pid"] for one in gpu_state(UUID)["foreign"]] == [RUN, SIBLING]
+    monkeypatch.setenv(nvml.RUN, str(RUN))
+    assert gpu_state(UUID)["foreign"] == []
+    monkeypatch.setenv(nvml.RUN, str(FOREIGN))  # left over from elsewhere
+    assert [one["pid"] for one in gpu_state(UUID)["foreign"]] == [RUN, SIBLING]
+
+
 def test_on_the_host_a_process_that_cannot_be_seen_is_foreign(monkeypatch, processes):
     hidden = Process(9999, memory_bytes=None)
     install(monkeypatch, Gpu(processes=(Process(WORKER), hidden)))

@@ -146,6 +146,16 @@ def test_a_machine_that_forbids_a_verdict(monkeypatch, tmp_path, state):
     assert report.exit_code == EXIT["invalid"]
 
 
+def test_the_other_side_is_no_stranger_on_the_cpus(monkeypatch, tmp_path):
+    """Each side had a third of the CPUs; a third was idle, or somebody's."""
+    first = {"busy_ticks": 0, "idle_ticks": 0, "steal_ticks": 0, "own_cpu_s": 5.0}
+    for idle, said in ((100, ()), (0, ("others used 33 % of the CPUs",))):
+        last = {"busy_ticks": 300 - idle, "idle_ticks": idle, "steal_ticks": 0, "own_cpu_s": 6.0}
+        fake = Fake({"numba/table": 1.0}, states=lambda _, s=last: {"before": first, "after": s})
+        (outcome,) = gate(monkeypatch, tmp_path, fake).outcomes
+        assert outcome.doubts == said
+
+
 def test_a_machine_that_forbids_what_was_confirmed(monkeypatch, tmp_path):
     lost = {"before": {}, "after": {"nvml_error": "GPU is lost"}}
     fake = Fake({"numba/slow": 1.2}, states=lambda number: lost if number == 20 else {"after": {}})
