@@ -16,7 +16,10 @@ from bench.gate.outcome import EXIT, Report
 from bench.gate.process import SideError
 from bench.gate.run import Options, run_gate
 from bench.gate.thresholds import Limits, Thresholds
+from bench.nvml import gpu_state
 from bench.records import read_records
+from tests.bench.fake_nvml import UUID, Gpu, Process
+from tests.bench.fake_nvml import install as install_nvml
 from tests.bench.gate.fakes import DEVICE, Fake, install, target, wrong
 from vqkernels.device import detect_cpu
 from vqkernels.errors import BackendError
@@ -144,6 +147,34 @@ def test_a_machine_that_forbids_a_verdict(monkeypatch, tmp_path, state):
     assert (outcome.verdict, outcome.wrong) == ("INVALID", False)
     assert "1 of 14 processes" in outcome.reason
     assert report.exit_code == EXIT["invalid"]
+
+
+@pytest.mark.parametrize(
+    ("gpu", "said"),
+    [
+        (Gpu(reasons=0x40), "GPU throttled at the end: hw_thermal"),
+        (Gpu(ecc_volatile=1), "1 uncorrected errors of the GPU's memory"),
+        (Gpu(lost=True), "the GPU stopped answering: GPU is lost"),
+        (Gpu(processes=(Process(4321, sm_percent=70),)), "another process"),
+        (Gpu(limit_w=300.0), "power limit changed: 700 W to 300 W"),
+    ],
+    ids=["throttled", "memory error", "lost", "foreign process", "power limit"],
+)
+def test_a_gpu_that_plays_up_forbids_a_verdict(monkeypatch, tmp_path, gpu, said):
+    """Healthy for 17 looks, of two a process: it begins within a pair."""
+    install_nvml(monkeypatch, *[Gpu()] * 17, gpu)
+    fake = Fake(
+        {"cuda/table": 1.2}, states=lambda _: {"before": gpu_state(UUID), "after": gpu_state(UUID)}
+    )
+    report = gate(monkeypatch, tmp_path, fake)
+    (outcome,) = report.outcomes
+    assert outcome.verdict == "INVALID"
+    assert said in outcome.reason
+    assert "of 14 processes" in outcome.reason
+    assert report.exit_code == EXIT["invalid"]
+    healthy = Fake({"cuda/table": 1.2}, states=fake.states)
+    install_nvml(monkeypatch, Gpu())
+    assert verdicts(gate(monkeypatch, tmp_path, healthy)) == {"cuda/table": "REGRESSED"}
 
 
 def test_the_other_side_is_no_stranger_on_the_cpus(monkeypatch, tmp_path):
