@@ -14,7 +14,6 @@ from bench.gate.noise import load
 from bench.gate.plan import plan_text
 from bench.gate.render import check_targets, text, write_reports
 from bench.gate.run import Options, run_gate
-from bench.gate.stored import run_stored
 from bench.gate.thresholds import Thresholds, load_thresholds
 
 __all__ = ["command"]
@@ -58,9 +57,8 @@ def command(**given: Any) -> None:
         click.echo(plan_text(options, rules))
         return
     results = given["results"] / options.where.slug
-    run = run_stored if options.stored else run_gate
     with watched(results) as progress:
-        report = run(
+        report = run_gate(
             options,
             rules,
             results,

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import datetime
+import platform
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,6 +24,7 @@ from bench.gate.outcome import Outcome, Report
 from bench.gate.process import SideError
 from bench.gate.session import Progress, Session
 from bench.gate.sides import Side, Who, opposite, parse_configs, resolve, running, write_harness
+from bench.gate.stored import conclude_stored, read_stored
 from bench.records import RecordFile
 from bench.selection import Selection, matching_kernels
 from vqkernels.device import Device, detect, detect_cpu
@@ -228,24 +231,44 @@ def run_gate(
     resume: Path | None = None,
     progress: Progress = lambda *_: None,
 ) -> Report:
-    """Measure and conclude. Raises VqError where nothing can be measured."""
-    begun = time.monotonic()
+    """Measure both sides, or the candidate against what is stored, and conclude.
+
+    Raises VqError where nothing can be measured, or compared.
+    """
+    begun, started = time.monotonic(), datetime.datetime.now(datetime.UTC)
+    stored = read_stored(Path(str(options.baseline))) if options.stored else None
     with open_session(options, results, resume=resume, progress=progress) as (session, inputs):
         try:
-            conclusion = session.run(rules)
+            conclusion = conclude_stored(session, stored, rules) if stored else session.run(rules)
         except SideError as error:
             conclusion = _hopeless(session, error)
+        baseline = f"{options.baseline} (stored)" if stored else session.sides["baseline"].what
         return Report(
-            baseline=session.sides["baseline"].what,
+            baseline=baseline,
             candidate=session.sides["candidate"].what,
             device=options.where.name,
             outcomes=conclusion.outcomes,
             skipped={**inputs.refused, **conclusion.skipped},
-            notes=conclusion.notes,
+            notes=(*conclusion.notes, *_unknown(rules, conclusion)),
             records=str(session.journal.path),
             seconds=time.monotonic() - begun,
+            advisory=options.stored,
             strict=strict,
+            host=platform.node(),
+            started=started.isoformat(timespec="seconds"),
         )
+
+
+def _unknown(rules: Rules, conclusion: Conclusion) -> tuple[str, ...]:
+    """What a reader of the verdicts should know of their noise floors."""
+    cases = [one.name for one in conclusion.outcomes]
+    known = sum(rules.noise is not None and rules.noise.spread(name) is not None for name in cases)
+    if known == len(cases):
+        return ()
+    return (
+        f"{len(cases) - known} of {len(cases)} cases have no noise floor on this machine: "
+        "`vqbench selfcheck` with the same options measures it",
+    )
 
 
 def _hopeless(session: Session, error: SideError) -> Conclusion:

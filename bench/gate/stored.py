@@ -8,80 +8,56 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench.gate.decide import Rules, conclude
+from bench.gate.decide import Conclusion, Rules, conclude
 from bench.gate.journal import Round, Sample, case_name
-from bench.gate.outcome import Report
-from bench.gate.process import SideError
-from bench.gate.run import Options, open_session
-from bench.gate.session import Progress
+from bench.gate.session import Session
 from bench.records import measurement_of, read_records
 from vqkernels.errors import BackendError
 
-__all__ = ["run_stored"]
+__all__ = ["Stored", "conclude_stored", "read_stored"]
 
 # What moves times without being the kernel: facts of a record that must be those of the candidate.
 _VERSIONS = ("torch", "numba", "llvmlite", "triton", "cuda-core", "cuda-bindings")
 
 
-def run_stored(
-    options: Options,
-    rules: Rules,
-    results: Path,
-    *,
-    strict: bool = False,
-    resume: Path | None = None,
-    progress: Progress = lambda *_: None,
-) -> Report:
-    """Measure the candidate, and hold it against `options.baseline`, a file of records.
+def conclude_stored(session: Session, stored: Mapping[str, Stored], rules: Rules) -> Conclusion:
+    """Measure the session's one side, and hold it against what is stored.
 
-    Raises BackendError where no record of the file is comparable.
+    Raises BackendError where no case is comparable, SideError where the side doesn't run.
     """
-    begun = time.monotonic()
-    stored = _stored(Path(str(options.baseline)))
-    with open_session(options, results, resume=resume, progress=progress) as (session, inputs):
-        try:
-            found = session.samples(Round("stored", 0), session.job.targets)
-        except SideError as error:
-            raise BackendError(f"candidate: {error}") from error
-        before, skipped = _matched(found, stored, str(options.baseline))
-        cases = [one for one in session.job.targets if one.name not in skipped]
-        samples = [one for one in found if one.case not in skipped]
-        conclusion = conclude(cases, [*before, *samples], [], rules)
-        return Report(
-            baseline=f"{options.baseline} (stored)",
-            candidate=session.sides["candidate"].what,
-            device=options.where.name,
-            outcomes=conclusion.outcomes,
-            skipped={**inputs.refused, **skipped, **conclusion.skipped},
-            notes=("the baseline was measured at another time: this is advice", *conclusion.notes),
-            records=str(session.journal.path),
-            seconds=time.monotonic() - begun,
-            advisory=True,
-            strict=strict,
-        )
+    found = session.samples(Round("stored", 0), session.job.targets)
+    before, skipped = _matched(found, stored)
+    cases = [one for one in session.job.targets if one.name not in skipped]
+    samples = [one for one in found if one.case not in skipped]
+    concluded = conclude(cases, [*before, *samples], [], rules)
+    return dataclasses.replace(concluded, skipped={**skipped, **concluded.skipped})
 
 
 @dataclasses.dataclass(frozen=True)
-class _Stored:
+class Stored:
     """A case as a file has it: the median of each process, and the facts that must agree."""
 
+    path: Path
     medians: list[float]
     facts: Mapping[str, Any]
 
 
-def _stored(path: Path) -> dict[str, _Stored]:
-    """What a file tells of each case: of a gate's records those of its candidate."""
-    found: dict[str, _Stored] = {}
+def read_stored(path: Path) -> dict[str, Stored]:
+    """What a file tells of each case: of a gate's records those of its candidate.
+
+    Raises ContainerError where it can't be read, BackendError where it holds no time, or those of
+    several machines.
+    """
+    found: dict[str, Stored] = {}
     for record in read_records(path):
         if record["status"] != "ok" or record.get("gate", {}).get("side") == "baseline":
             continue
         name, facts = case_name(record), _facts(record)
-        known = found.setdefault(name, _Stored([], facts))
+        known = found.setdefault(name, Stored(path, [], facts))
         if differing := _differ(known.facts, facts):
             raise BackendError(f"{path}: {name}: its records differ in {differing}; give one run's")
         known.medians.append(measurement_of(record).median_s)
@@ -112,9 +88,10 @@ def _differ(one: Mapping[str, Any], other: Mapping[str, Any]) -> str | None:
 
 
 def _matched(
-    found: Sequence[Sample], stored: Mapping[str, _Stored], path: str
+    found: Sequence[Sample], stored: Mapping[str, Stored]
 ) -> tuple[list[Sample], dict[str, str]]:
     """The stored times as samples that pair with `found`, and the cases that have none."""
+    path = next(iter(stored.values())).path
     before: list[Sample] = []
     skipped: dict[str, str] = {}
     cases: dict[str, list[Sample]] = {}

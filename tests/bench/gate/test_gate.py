@@ -279,6 +279,7 @@ def noisy(floor: float) -> Noise:
 def test_what_counts_as_slower(monkeypatch, tmp_path, rules, verdict):
     report = gate(monkeypatch, tmp_path, Fake({"numba/table": 1.06}), rules)
     assert verdicts(report) == {"numba/table": verdict}
+    assert any("no noise floor" in note for note in report.notes) == (rules.noise is None)
 
 
 def test_a_side_that_does_not_run_is_a_report_too(monkeypatch, tmp_path):
@@ -369,10 +370,8 @@ def stored(monkeypatch, folder: Path, ratio: float, **fields) -> Path:
 
 
 def against(monkeypatch, tmp_path, path: Path, fake: Fake) -> Report:
-    from bench.gate.stored import run_stored
-
     install(monkeypatch, fake, tuple(target(kernel) for kernel in fake.ratios))
-    return run_stored(dataclasses.replace(OPTIONS, baseline=str(path)), Rules(), tmp_path)
+    return run_gate(dataclasses.replace(OPTIONS, baseline=str(path)), Rules(), tmp_path)
 
 
 def test_a_stored_baseline_is_advice(monkeypatch, tmp_path):
