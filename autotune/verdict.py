@@ -2,8 +2,8 @@
 
 A comparison is one case in one call: pairs of medians, each pair from two fresh processes that ran
 right after one another or in turns, in the order AB, BA, AB, ... so that drift of the machine falls
-on both sides alike. Each pair gives one log-ratio; samples within a process are not independent and count
-as one. B is slower than A only where all of these hold:
+on both sides alike. Each pair gives one log-ratio; samples within a process are not independent and
+count as one. B is slower than A only where all of these hold:
 
     the median ratio exceeds `ratio`, and `noise_factor` times the case's own A/A noise
     the median difference exceeds `seconds`, and the timer's floor

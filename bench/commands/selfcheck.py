@@ -115,5 +115,5 @@ def _percents(row: Mapping[str, Any]) -> dict[str, Any]:
     return {
         **row,
         **{name: f"{100 * row[name]:.3g} %" for name in shares if name in row},
-        "regressed_range": f"{low:.2g} to {high:.3g} %",
+        "regressed_range": f"{low:.3g} to {high:.3g} %",
     }
