@@ -94,8 +94,6 @@ def reason(one: Outcome) -> str:
     parts = [plain(one.reason)]
     if one.verdict == "INCONCLUSIVE" and not one.wrong and one.smallest is not None:
         parts.append(effect(one.smallest))
-    if one.first_ratio is not None and one.ratio is not None:
-        parts.append(f"first pairs {one.first_ratio:.3f}, fresh ones {one.ratio:.3f}")
     if one.noise is not None:
         parts.append(f"differs from itself by {_percent(one.noise)}")
     return "; ".join(parts)
