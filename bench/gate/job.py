@@ -138,9 +138,11 @@ def _short(*words: object) -> str:
     return hashlib.sha256(json.dumps(words).encode()).hexdigest()[:16]
 
 
-def inputs_hash(folder: Path, target: Target) -> str:
-    """SHA-256 of a case's weight and of what the oracle said."""
-    digest = hashlib.sha256()
-    for name in (target.weight, target.answers):
-        digest.update((folder / name).read_bytes())
+def inputs_hash(folder: Path, target: Target, seed: int) -> str:
+    """SHA-256 of what a case's kernel is given: its weight, and what its tokens are drawn by.
+
+    Not of what the oracle said: its last bits may depend on how many threads were free.
+    """
+    digest = hashlib.sha256((folder / target.weight).read_bytes())
+    digest.update(json.dumps([seed, target.m, target.k, target.dtype]).encode())
     return digest.hexdigest()

@@ -141,7 +141,8 @@ def make_inputs(
         (rate,) = pool.run([Task(bandwidth, where)])
     if rate.status != "done":
         raise BackendError(f"memory's rate can't be measured: {rate.reason}")
-    hashes = {one.name: inputs_hash(folder, one) for one in cases if one.name not in refused}
+    made = [one for one in cases if one.name not in refused]
+    hashes = {one.name: inputs_hash(folder, one, options.seed) for one in made}
     return Inputs(facts, hashes, rate.value, refused)
 
 

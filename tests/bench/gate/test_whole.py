@@ -108,6 +108,6 @@ def test_a_gate_that_is_ended_goes_on(repository, number):
     process.send_signal(number)
     process.wait(60)
     code, report = run(repository, "--resume", str(files[0]))
-    assert (code, report["counts"]) == (0, {"IDENTICAL": 1})
+    assert (code, report["counts"]) == (0, {"IDENTICAL": 1}), report["outcomes"][0]["reason"]
     assert report["outcomes"][0]["pairs"] == 3
     assert list(results.rglob("*.jsonl")) == files
