@@ -20,8 +20,13 @@ from vqkernels.errors import BackendError
 
 __all__ = ["Stored", "conclude_stored", "read_stored"]
 
-# What moves times without being the kernel: facts of a record that must be those of the candidate.
-_VERSIONS = ("torch", "numba", "llvmlite", "triton", "cuda-core", "cuda-bindings")
+# The compilers of each kind of kernel: what moves times without being the kernel. torch's threads
+# and allocator serve all.
+_COMPILERS = {
+    "numba": ("numba", "llvmlite"),
+    "triton": ("triton",),
+    "cuda": ("cuda-core", "cuda-bindings"),
+}
 
 
 def conclude_stored(session: Session, stored: Mapping[str, Stored], rules: Rules) -> Conclusion:
@@ -69,11 +74,12 @@ def read_stored(path: Path) -> dict[str, Stored]:
 def _facts(record: Mapping[str, Any]) -> dict[str, Any]:
     device, timing = record["device"], record["timing"]
     before = record["state"].get("before", {})
+    compilers = _COMPILERS.get(record["kernel"].partition("/")[0], ())
     return {
         "device": (device["name"], device.get("arch"), device.get("units")),
         "driver": device.get("driver"),
         "power limit": before.get("power_limit_w"),
-        **{name: record["versions"].get(name) for name in _VERSIONS},
+        **{name: record["versions"].get(name) for name in ("torch", *compilers)},
         **{name: timing[name] for name in ("timer", "cache", "threads", "pinned")},
     }
 
@@ -124,6 +130,7 @@ def _sample_facts(one: Sample) -> dict[str, Any]:
     assert timing is not None, "what is ok was timed"
     return _facts(
         {
+            "kernel": one.case.rpartition(" ")[2],
             "device": one.device,
             "state": one.state,
             "versions": one.versions,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import json
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,7 @@ from bench.nvml import gpu_state
 from bench.records import read_records
 from tests.bench.fake_nvml import UUID, Gpu, Process
 from tests.bench.fake_nvml import install as install_nvml
-from tests.bench.gate.fakes import DEVICE, Fake, install, target, wrong
+from tests.bench.gate.fakes import DEVICE, VERSIONS, Fake, install, target, wrong
 from vqkernels.device import detect_cpu
 from vqkernels.errors import BackendError
 
@@ -391,6 +392,14 @@ def test_the_candidates_wrong_results_fail_without_a_baseline(monkeypatch, tmp_p
     assert report.exit_code == EXIT["wrong"]
 
 
+def test_another_kernels_compiler_is_no_matter(monkeypatch, tmp_path):
+    path = stored(monkeypatch, tmp_path, 1.0)
+    records = [{**one, "versions": {**VERSIONS, "triton": "9"}} for one in read_records(path)]
+    path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+    report = against(monkeypatch, tmp_path, path, Fake({"numba/table": 1.0}))
+    assert verdicts(report) == {"numba/table": "PASS"}
+
+
 @pytest.mark.parametrize(
     ("field", "value", "word"),
     [
@@ -398,11 +407,10 @@ def test_the_candidates_wrong_results_fail_without_a_baseline(monkeypatch, tmp_p
         ("device", {**DEVICE, "driver": "600"}, "driver"),
         ("state", {"before": {"power_limit_w": 300}, "after": {}}, "power limit"),
         ("versions", {"torch": "1.0"}, "torch"),
+        ("versions", {**VERSIONS, "numba": "0.1"}, "numba"),
     ],
 )
 def test_what_was_stored_elsewhere_is_refused(monkeypatch, tmp_path, field, value, word):
-    import json
-
     path = stored(monkeypatch, tmp_path, 1.0)
     records = [{**record, field: value} for record in read_records(path)]
     path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
