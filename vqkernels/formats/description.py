@@ -29,9 +29,18 @@ from typing import IO, Any
 import torch
 from torch import Tensor
 
-import vqkernels
-from vqkernels.errors import ContainerError, TensorError, VqError
-from vqkernels.manifest import MAX_TEXT, _field, _parse, _side, _spec, _strings, check_name
+from vqkernels.container.checksums import raw_bytes, sha256
+from vqkernels.container.manifest import (
+    MAX_TEXT,
+    _field,
+    _parse,
+    _side,
+    _spec,
+    _strings,
+    check_name,
+)
+from vqkernels.container.write import checked_provenance
+from vqkernels.errors import ContainerError, VqError
 from vqkernels.parts import Part, check_shape
 from vqkernels.source import Outline, TensorSource, outline_of
 from vqkernels.spec import SPEC_VERSION
@@ -44,8 +53,6 @@ __all__ = [
     "DescribedTensor",
     "Description",
     "Writer",
-    "flat_bytes",
-    "located",
     "needed_bytes",
     "parse",
     "read_exactly",
@@ -99,6 +106,10 @@ class DescribedSource(TensorSource):
     def __len__(self) -> int:
         return len(self._tensors)
 
+    def __contains__(self, name: object) -> bool:
+        # the Mapping's own would read the matrix
+        return name in self._tensors
+
     def outline(self, name: str) -> Outline:
         """What is known of matrix `name`: the description was checked as it was read."""
         return self._tensors[name].outline
@@ -113,7 +124,7 @@ class DescribedSource(TensorSource):
                     parts[part] = self._read(tensor, part, entry)
             except ContainerError as error:
                 raise ContainerError(f"{where}: {part} {error}") from error
-            if _sha256(flat_bytes(parts[part])) != tensor.parts[part].checksum:
+            if sha256(parts[part]) != tensor.parts[part].checksum:
                 raise ContainerError(f"{where}: {part} doesn't match its checksum; {AGAIN}")
         found = QuantizedTensor(outline.spec, outline.n, outline.k, parts)
         found.validate(where)
@@ -122,15 +133,6 @@ class DescribedSource(TensorSource):
     @abc.abstractmethod
     def _read(self, tensor: DescribedTensor, part: str, entry: Part) -> Tensor:
         """`part` with the dtype and shape of `entry`; what is wrong with it as ContainerError."""
-
-
-@contextlib.contextmanager
-def located(path: Path) -> Iterator[None]:
-    """Put `path` in front of the errors inside."""
-    try:
-        yield
-    except (ContainerError, TensorError) as error:
-        raise type(error)(f"{path}: {error}") from error
 
 
 @contextlib.contextmanager
@@ -144,16 +146,10 @@ def readable() -> Iterator[None]:
         ) from error
 
 
-def flat_bytes(tensor: Tensor) -> memoryview:
-    """The bytes of a contiguous tensor in memory, for reading and writing."""
-    array: Any = tensor.reshape(-1).view(torch.uint8).numpy()
-    return memoryview(array)
-
-
 def read_exactly(file: IO[bytes], entry: Part) -> Tensor:
     """The next bytes of `file` as a tensor. Raises ContainerError where the file ends early."""
     value = torch.empty(entry.shape, dtype=entry.dtype)
-    rest = flat_bytes(value)
+    rest = raw_bytes(value)
     while rest:
         count = file.readinto(rest)  # type: ignore[attr-defined]  # IO forgot it
         if not count:
@@ -188,9 +184,7 @@ class Writer:
 
     def __init__(self, kind: str, provenance: Mapping[str, str] | None) -> None:
         self._kind = kind
-        self._origin = {"creator": f"vqbench {vqkernels.__version__}", **(provenance or {})}
-        if not all(isinstance(text, str) for item in self._origin.items() for text in item):
-            raise ContainerError("provenance holds something else than strings; use str()")
+        self._origin = checked_provenance(provenance)
         self._tensors: list[dict[str, Any]] = []
 
     def begin(self, name: str, tensor: QuantizedTensor) -> None:
@@ -210,7 +204,7 @@ class Writer:
         """`part` of the tensor that was begun last is `value`, in `file`."""
         entry = {"dtype": _dtype_name(value.dtype), "shape": list(value.shape)}
         named = {"file": file} if file else {}
-        self._tensors[-1]["parts"][part] = {**named, **entry, "sha256": _sha256(flat_bytes(value))}
+        self._tensors[-1]["parts"][part] = {**named, **entry, "sha256": sha256(value)}
 
     def text(self) -> bytes:
         """The description. Raises ContainerError where `parse` would refuse its length."""
@@ -314,8 +308,4 @@ def _dtype_name(dtype: torch.dtype) -> str:
 
 def _digest(content: Mapping[str, Any]) -> str:
     text = json.dumps(content, sort_keys=True, separators=(",", ":"), allow_nan=False)
-    return _sha256(text.encode())
-
-
-def _sha256(content: bytes | memoryview) -> str:
-    return hashlib.sha256(content).hexdigest()
+    return hashlib.sha256(text.encode()).hexdigest()

@@ -23,21 +23,20 @@ import torch
 from torch import Tensor
 
 from vqkernels.atomic import staged
+from vqkernels.container.checksums import raw_bytes
+from vqkernels.container.manifest import MAX_TEXT, located
 from vqkernels.errors import ContainerError
 from vqkernels.formats.description import (
     AGAIN,
     DescribedSource,
     DescribedTensor,
     Writer,
-    flat_bytes,
-    located,
     needed_bytes,
     parse,
     read_exactly,
     readable,
     stored_parts,
 )
-from vqkernels.manifest import MAX_TEXT
 from vqkernels.parts import Part
 from vqkernels.tensor import QuantizedTensor
 
@@ -106,7 +105,7 @@ def _store(archive: zipfile.ZipFile, key: str, value: Tensor) -> None:
     # a fixed date, 1980, for the same bytes each time
     with archive.open(zipfile.ZipInfo(f"{key}.npy"), "w", force_zip64=True) as file:
         file.write(_header(value.dtype, value.shape))
-        file.write(flat_bytes(value))
+        file.write(raw_bytes(value))
 
 
 def _header(dtype: torch.dtype, shape: tuple[int, ...]) -> bytes:

@@ -23,21 +23,20 @@ from pathlib import Path
 from torch import Tensor
 
 from vqkernels.atomic import staged
+from vqkernels.container.checksums import raw_bytes
+from vqkernels.container.manifest import MAX_TEXT, located
 from vqkernels.errors import ContainerError
 from vqkernels.formats.description import (
     AGAIN,
     DescribedSource,
     DescribedTensor,
     Writer,
-    flat_bytes,
-    located,
     needed_bytes,
     parse,
     read_exactly,
     readable,
     stored_parts,
 )
-from vqkernels.manifest import MAX_TEXT
 from vqkernels.parts import Part
 from vqkernels.tensor import QuantizedTensor
 
@@ -73,7 +72,7 @@ def save_plain(
             for part, value in stored_parts(name, tensor):
                 file = file_name(name, part, len(tensor.spec.stages))
                 writer.add(part, value, file)
-                (made / file).write_bytes(flat_bytes(value))
+                (made / file).write_bytes(raw_bytes(value))
         (made / INDEX).write_bytes(writer.text())
 
 

@@ -111,6 +111,7 @@ def test_equal_tensors_give_equal_bytes(path: Path, tmp_path: Path) -> None:
 
 
 def test_an_unknown_name_is_a_key_error(path: Path) -> None:
+    assert "other" not in NpzSource(path)
     with pytest.raises(KeyError):
         NpzSource(path)["other"]
     with pytest.raises(KeyError):
@@ -292,6 +293,7 @@ def test_a_stored_array_that_does_not_match_its_checksum(path: Path) -> None:
     arrays["layer/bias"][0] += 1
     np.savez(path, **arrays)
     refused(path, "tensor 'layer': bias doesn't match its checksum; copy it again")
+    assert "layer" in NpzSource(path)  # told without reading it
 
 
 @pytest.mark.parametrize("edit", DESCRIPTION_EDITS)
