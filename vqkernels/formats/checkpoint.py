@@ -1,0 +1,292 @@
+"""A checkpoint folder as transformers writes it: config.json and safetensors, whole or in shards.
+
+Nothing in it is trusted: an index and the headers of its shards have to say the same, shards are
+files of that folder, and pickles are never loaded. Headers alone are read when it is opened;
+a tensor is mapped when it is asked for, copied, and its file is closed again, so that what has
+been read doesn't stay in resident memory.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from vqkernels.errors import ContainerError
+
+__all__ = ["CONFIG", "INDEX", "WEIGHTS", "Checkpoint", "read_json"]
+
+CONFIG = "config.json"
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U64": torch.uint64,
+    "U32": torch.uint32,
+    "U16": torch.uint16,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+}
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
+_MAX_JSON = 1 << 28  # the index of a model of 10^6 tensors is a third of it
+
+_AGAIN = "copy or download it again"
+
+
+@dataclasses.dataclass(frozen=True)
+class _Entry:
+    """Where a tensor lies, and what its header says of it."""
+
+    file: Path
+    shape: tuple[int, ...]
+    dtype: str
+
+
+class Checkpoint:
+    """A folder with config.json and safetensors files, its headers checked, its tensors by key.
+
+    folder: where it lies.
+    config: config.json.
+    quantization: its quantization_config (that of text_config where a model has several parts).
+
+    Raises ContainerError, one line, naming the folder or file, what is wrong and the fix.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str]) -> None:
+        self.folder = Path(folder)
+        if not self.folder.is_dir():
+            raise ContainerError(
+                f"{self.folder}: is not a folder; give a checkpoint's folder (with {CONFIG})"
+            )
+        self.config = read_json(self.folder / CONFIG)
+        self.quantization = _quantization(self.config, self.folder / CONFIG)
+        self._entries = _entries(self.folder)
+
+    @property
+    def method(self) -> str:
+        """The quant_method of its config, in lower case."""
+        method = self.quantization.get("quant_method")
+        if not isinstance(method, str):
+            raise ContainerError(
+                f"{self.folder / CONFIG}: quantization_config names no quant_method; add it "
+                f'("vptq" or "aqlm")'
+            )
+        return method.lower()
+
+    def keys(self) -> list[str]:
+        """The names of all tensors, sorted."""
+        return sorted(self._entries)
+
+    def __contains__(self, key: object) -> bool:
+        return key in self._entries
+
+    def file(self, key: str) -> Path:
+        """The file that tensor `key` lies in."""
+        return self._entry(key).file
+
+    def shape(self, key: str) -> tuple[int, ...]:
+        """The shape of tensor `key`, from its header."""
+        return self._entry(key).shape
+
+    def dtype(self, key: str) -> torch.dtype:
+        """The dtype of tensor `key`, from its header."""
+        entry = self._entry(key)
+        if entry.dtype not in _DTYPES:
+            raise ContainerError(
+                f"{entry.file}: tensor {key!r} has dtype {entry.dtype}, which vqbench can't read; "
+                f"store it as one of {', '.join(_DTYPES)}"
+            )
+        return _DTYPES[entry.dtype]
+
+    def read(self, key: str) -> Tensor:
+        """A copy of tensor `key`, on the CPU. Raises ContainerError as opening does."""
+        entry = self._entry(key)
+        self.dtype(key)
+        with _opened(entry.file) as file:
+            if key not in file.keys() or _entry(entry.file, file, key) != entry:  # noqa: SIM118
+                raise ContainerError(
+                    f"{entry.file}: tensor {key!r} changed since the checkpoint was opened; "
+                    f"open it again"
+                )
+            # a copy: what is checked is what is used, whatever becomes of the mapped file
+            tensor: Tensor = file.get_tensor(key).clone()
+            return tensor
+
+    def _entry(self, key: str) -> _Entry:
+        if key not in self._entries:
+            raise ContainerError(
+                f"{self.folder}: tensor {key!r} is missing; the checkpoint is incomplete or its "
+                f"{CONFIG} is of another model: {_AGAIN}"
+            )
+        return self._entries[key]
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in `path`. Raises ContainerError for anything else, or a key given twice."""
+    try:
+        if not path.is_file():
+            raise ContainerError(f"{path}: there is no such file; a checkpoint needs it: {_AGAIN}")
+        if path.stat().st_size > _MAX_JSON:
+            raise ContainerError(f"{path}: is over {_MAX_JSON:,} bytes; {_AGAIN}")
+        content = json.loads(path.read_bytes(), object_pairs_hook=_unique)
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise ContainerError(
+            f"{path}: can't be read ({reason}); check the path and its mode"
+        ) from error
+    except (ValueError, RecursionError) as error:  # a bad number or encoding; too deep a nesting
+        raise ContainerError(f"{path}: is no valid JSON ({_one_line(error)}); {_AGAIN}") from error
+    if not isinstance(content, dict):
+        raise ContainerError(f"{path}: is no JSON object, but {type(content).__name__}; {_AGAIN}")
+    return content
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    content = dict(pairs)
+    if len(content) != len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"{twice!r} is given twice")
+    return content
+
+
+def _quantization(config: dict[str, Any], path: Path) -> dict[str, Any]:
+    text = config.get("text_config")
+    places = [config, text] if isinstance(text, dict) else [config]
+    found = next((p["quantization_config"] for p in places if "quantization_config" in p), None)
+    if found is None:
+        raise ContainerError(
+            f"{path}: has no quantization_config, so its weights are not quantised; "
+            f"give a VPTQ or AQLM checkpoint"
+        )
+    if not isinstance(found, dict):
+        raise ContainerError(f"{path}: quantization_config is no JSON object; {_AGAIN}")
+    return found
+
+
+def _entries(folder: Path) -> dict[str, _Entry]:
+    """Every tensor of the folder, after index and headers agreed."""
+    if not (folder / INDEX).exists():
+        return _headers(_single_file(folder))
+    if (folder / WEIGHTS).exists():
+        raise ContainerError(
+            f"{folder}: holds both {WEIGHTS} and {INDEX}; remove the one that isn't meant"
+        )
+    places = _weight_map(folder / INDEX)
+    entries: dict[str, _Entry] = {}
+    for name in sorted(set(places.values())):
+        shard = folder / name
+        if not shard.is_file():
+            raise ContainerError(f"{shard}: is missing, but {INDEX} names it; {_AGAIN}")
+        headers = _headers(shard)
+        for key, entry in headers.items():
+            _check_place(key, entry, places, entries)
+        entries |= headers
+    if absent := sorted(set(places) - set(entries)):
+        raise ContainerError(
+            f"{folder / places[absent[0]]}: tensor {absent[0]!r} is missing, but {INDEX} says it "
+            f"is there; the shard is of another checkpoint: {_AGAIN}"
+        )
+    return entries
+
+
+def _check_place(
+    key: str, entry: _Entry, places: dict[str, str], entries: dict[str, _Entry]
+) -> None:
+    if key in entries:
+        raise ContainerError(
+            f"{entry.file}: tensor {key!r} is in {entries[key].file.name} too; "
+            f"the shards are of different checkpoints: {_AGAIN}"
+        )
+    if key not in places:
+        raise ContainerError(
+            f"{entry.file}: tensor {key!r} is not in {INDEX}; "
+            f"the shard is of another checkpoint: {_AGAIN}"
+        )
+    if places[key] != entry.file.name:
+        raise ContainerError(
+            f"{entry.file}: tensor {key!r} should be in {places[key]} by {INDEX}; "
+            f"the shards are of different checkpoints: {_AGAIN}"
+        )
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    """Shard name by tensor, each a plain name in the index's own folder."""
+    places = read_json(index).get("weight_map")
+    if not isinstance(places, dict) or not places:
+        raise ContainerError(f"{index}: has no weight_map of tensors and shards; {_AGAIN}")
+    for key, name in places.items():
+        plain = isinstance(name, str) and name.isprintable() and Path(name).name == name
+        if not plain or not name.endswith(".safetensors"):
+            raise ContainerError(
+                f"{index}: tensor {key!r} lies in {name!r}, which is no plain name of a "
+                f".safetensors file; {_AGAIN}"
+            )
+    return places
+
+
+def _single_file(folder: Path) -> Path:
+    files = sorted(path for path in folder.iterdir() if path.suffix == ".safetensors")
+    if folder / WEIGHTS in files or len(files) == 1:
+        return folder / WEIGHTS if folder / WEIGHTS in files else files[0]
+    if files:
+        raise ContainerError(
+            f"{folder}: holds {len(files)} .safetensors files but no {INDEX}; {_AGAIN}"
+        )
+    if pickles := sorted(p.name for p in folder.iterdir() if p.suffix in _PICKLES):
+        raise ContainerError(
+            f"{folder}: holds pickles ({pickles[0]}) and no .safetensors file; vqbench never "
+            f"loads pickles, which can run code: convert them to safetensors"
+        )
+    raise ContainerError(f"{folder}: holds no .safetensors file; give a checkpoint's folder")
+
+
+def _headers(path: Path) -> dict[str, _Entry]:
+    with _opened(path) as file:
+        return {key: _entry(path, file, key) for key in file.keys()}  # noqa: SIM118
+
+
+def _entry(path: Path, file: Any, key: str) -> _Entry:
+    header = file.get_slice(key)
+    return _Entry(path, tuple(header.get_shape()), str(header.get_dtype()))
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    """The mapped file; safetensors bounds its offsets by the file's size."""
+    try:
+        if not path.is_file():
+            raise ContainerError(f"{path}: is not a file; {_AGAIN}")
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise ContainerError(
+            f"{path}: can't be read ({reason}); check the path and its mode"
+        ) from error
+    except SafetensorError as error:
+        raise ContainerError(
+            f"{path}: is truncated, damaged or no safetensors file ({_one_line(error)}); {_AGAIN}"
+        ) from error
+
+
+def _one_line(error: Exception) -> str:
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
