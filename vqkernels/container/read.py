@@ -131,10 +131,12 @@ def open_container(path: str | os.PathLike[str]) -> Container:
     with located(path), _explained(path):
         _check_file(path)
         with path.open("rb") as opened:
+            before = os.fstat(opened.fileno())
             header = safe_open(path, framework="pt")
-            if not os.path.samestat(os.fstat(opened.fileno()), path.stat()):
-                raise ContainerError("was replaced while it was opened; open it again")
-            file = MappedFile(opened)
+            after = path.stat()
+            if not os.path.samestat(before, after) or before.st_size != after.st_size:
+                raise ContainerError("was changed while it was opened; open it again")
+            file = MappedFile(opened, before.st_size)
         return Container(path, file, *checked_header(header, len(file)))
 
 
