@@ -1,0 +1,7 @@
+"""VPTQ checkpoints (github.com/microsoft/VPTQ): read, dequantised as there, and written."""
+
+from __future__ import annotations
+
+from vqkernels.formats.vptq.read import VptqSource, dequantize
+
+__all__ = ["VptqSource", "dequantize"]
