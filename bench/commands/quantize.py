@@ -24,8 +24,8 @@ from torch import Tensor
 
 from bench.tables import render
 from vqkernels import container
+from vqkernels.container.manifest import check_name
 from vqkernels.errors import ContainerError, TensorError, UnsupportedError
-from vqkernels.manifest import check_name
 from vqkernels.parts import BitCount, check_fit, effective_bits
 from vqkernels.presets import parse_format
 from vqkernels.quantize import quantize, relative_error

@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 
 from bench.cli import cli
 from vqkernels import container
+from vqkernels.errors import ContainerError
 from vqkernels.presets import parse_format
 from vqkernels.spec import CodebookSpec
 from vqkernels.tensor import QuantizedTensor, random_tensor
@@ -161,7 +162,7 @@ def test_bad_files(tmp_path: Path) -> None:
         (cut, "is truncated"),
     ):
         error = run(file).exception
-        assert isinstance(error, container.ContainerError)
+        assert isinstance(error, ContainerError)
         assert str(error).startswith(f"{file}: ")
         assert words in str(error)
         assert "\n" not in str(error)

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 import vqkernels
 from tests.strategies import quantized_tensors
 from vqkernels import container
+from vqkernels.container import checksums, read, stored
 from vqkernels.errors import ContainerError, TensorError, VqError
 from vqkernels.presets import PRESETS
 from vqkernels.spec import SPEC_VERSION, CodebookSpec
@@ -88,7 +89,8 @@ def test_large_codes_are_packed_piece_by_piece(
     tensor = random_tensor(spec, 37, 100 * 8)
     container.save(path, {"layer": tensor})
     whole = path.read_bytes()
-    monkeypatch.setattr(container, "_PIECE", 5000)  # some rows of codes, or of weights, at once
+    for module in (stored, checksums):  # some rows of codes, or of weights, at once
+        monkeypatch.setattr(module, "_PIECE", 5000)
     container.save(path, {"layer": tensor})
     assert path.read_bytes() == whole
     assert_same(container.load(path, decoded=True)["layer"], tensor)
@@ -132,6 +134,45 @@ def test_loaded_tensors_do_not_follow_the_file(path: Path) -> None:
     with path.open("r+b") as file:
         file.write(bytes(path.stat().st_size))
     assert_same(loaded, tensor)
+
+
+# ------------------------------------------------------------------------------------------------
+# one matrix at a time
+
+
+def test_a_container_reads_what_is_looked_up(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tensors = {name: preset_tensor("toy-16-4", seed=seed) for seed, name in enumerate("ba")}
+    container.save(path, tensors)
+    source = container.open_container(path)
+    assert source.info == container.describe(path)
+    assert list(source) == ["b", "a"]
+    assert (len(source), "a" in source, "c" in source) == (2, True, False)
+    assert source.outline("a") is source.info.tensors[1]
+    assert_same(source["a"], tensors["a"])
+    assert source["a"].parts["codes"].data_ptr() != source["a"].parts["codes"].data_ptr()
+    assert_same(source.verify("b"), tensors["b"])
+    for ask in (source.__getitem__, source.outline, source.verify):
+        with pytest.raises(KeyError):
+            ask("c")
+
+
+def test_a_container_says_at_lookup_what_is_damaged(path: Path) -> None:
+    container.save(path, {name: preset_tensor("toy-16-4") for name in "ab"})
+    path.write_bytes(path.read_bytes()[:-1] + b"\xa5")
+    source = container.open_container(path)
+    source["a"]
+    with pytest.raises(ContainerError, match=r"tensor .b.: .* doesn.t match") as caught:
+        source["b"]
+    assert str(caught.value).startswith(f"{path}: ")
+
+
+def test_a_file_replaced_while_it_is_open_stays_as_it_was(path: Path) -> None:
+    old, new = preset_tensor("toy-16-4", seed=1), preset_tensor("toy-16-4", seed=2)
+    container.save(path, {"layer": old})
+    source = container.open_container(path)
+    container.save(path, {"layer": new})
+    assert_same(source["layer"], old)
+    assert_same(container.load(path)["layer"], new)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -253,7 +294,7 @@ def test_provenance_is_text(provenance: Any, path: Path) -> None:
 
 
 def test_too_much_provenance(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("vqkernels.manifest.MAX_TEXT", 2000)
+    monkeypatch.setattr("vqkernels.container.manifest.MAX_TEXT", 2000)
     tensors = {"layer": preset_tensor("toy-16-4")}
     container.save(path, tensors, provenance={"note": "x" * 100})
     path.unlink()
@@ -275,7 +316,7 @@ def test_weights_that_overflow_are_refused(path: Path) -> None:
 
 
 def test_groups_too_large_to_check_are_refused(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(container, "_MAX_PIECE", 16 * 8 - 1)
+    monkeypatch.setattr(checksums, "_MAX_PIECE", 16 * 8 - 1)
     spec = CodebookSpec(vector_length=4, stages=(4,), group_axis="row", group_size=16)
     assert "16 rows and 8 columns are too large" in refused(
         path, {"layer": random_tensor(spec, 32, 8)}
@@ -288,9 +329,9 @@ def test_groups_too_large_to_check_are_refused(path: Path, monkeypatch: pytest.M
 
 
 def not_loaded(path: Path, says: str) -> None:
-    for read in (container.load, container.describe):
+    for ask in (container.load, container.describe):
         with pytest.raises(ContainerError, match=says) as caught:
-            read(path)
+            ask(path)
         assert str(caught.value).startswith(f"{path}: ")
         assert "\n" not in str(caught.value)
 
@@ -339,5 +380,5 @@ def test_a_file_that_may_not_be_read(path: Path, monkeypatch: pytest.MonkeyPatch
         raise PermissionError(13, "Permission denied")
 
     path.touch()
-    monkeypatch.setattr(container, "safe_open", deny)
+    monkeypatch.setattr(read, "safe_open", deny)
     not_loaded(path, "can't be read .Permission denied")

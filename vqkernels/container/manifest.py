@@ -18,19 +18,29 @@ it implies is compared with what the file really holds before anything is alloca
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NoReturn, TypeVar
 
-from vqkernels.errors import ContainerError, SpecError
-from vqkernels.parts import BitCount, effective_bits
+from vqkernels.errors import ContainerError, SpecError, TensorError
+from vqkernels.source import Outline
 from vqkernels.spec import SPEC_VERSION, CodebookSpec
 
-__all__ = ["CONTAINER_VERSION", "ContainerInfo", "TensorInfo", "from_header", "to_header"]
+__all__ = [
+    "CONTAINER_VERSION",
+    "ContainerInfo",
+    "TensorInfo",
+    "check_name",
+    "from_header",
+    "located",
+    "to_header",
+]
 
 CONTAINER_VERSION = 1
 
@@ -45,7 +55,7 @@ T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class TensorInfo:
+class TensorInfo(Outline):
     """One matrix of a container.
 
     stored_bytes: size of its parts in the file, padding included.
@@ -54,18 +64,9 @@ class TensorInfo:
     """
 
     name: str
-    spec: CodebookSpec
-    n: int
-    k: int
-    bias: bool
     checksums: Mapping[str, str]
     decoded_checksum: str
     stored_bytes: int = 0
-
-    @property
-    def bits(self) -> BitCount:
-        """Effective bits of the matrix, by role."""
-        return effective_bits([(self.spec, self.n, self.k)])
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -145,6 +146,15 @@ def check_name(name: str) -> None:
     """Raise ContainerError for a tensor name that a file or a one-line message can't hold."""
     if not 0 < len(name) <= 1024 or not name.isprintable():
         raise ContainerError(f"{name!r} can't name a tensor; use up to 1024 printable characters")
+
+
+@contextlib.contextmanager
+def located(path: Path) -> Iterator[None]:
+    """Puts the file's name in front of the errors inside."""
+    try:
+        yield
+    except (ContainerError, TensorError) as error:
+        raise type(error)(f"{path}: {error}") from error
 
 
 def _sha256(text: str) -> str:
