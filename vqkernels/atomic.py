@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all."""
+"""Files and folders that are written whole or not at all."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ import uuid
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from vqkernels.errors import ContainerError
+from vqkernels.errors import ContainerError, VqError
 
-__all__ = ["locked", "write_atomically"]
+__all__ = ["locked", "staged", "write_atomically"]
 
 _SPACE = "free some space or choose another disk"
 _FOLDER = "make the folder first"
@@ -60,11 +60,7 @@ def write_atomically(path: Path, pieces: Sequence[bytes | memoryview]) -> None:
     temporary = path.parent / f".vqbench-{uuid.uuid4().hex}.tmp"
     need = sum(memoryview(piece).nbytes for piece in pieces)
     try:
-        have = shutil.disk_usage(path.parent).free
-        if need > have:
-            raise ContainerError(
-                f"{path}: needs {need:,} bytes, but its disk has {have:,} left; {_SPACE}"
-            )
+        _check_space(path, need)
         with temporary.open("xb") as file:
             for piece in pieces:
                 file.write(piece)
@@ -72,16 +68,83 @@ def write_atomically(path: Path, pieces: Sequence[bytes | memoryview]) -> None:
             os.fsync(file.fileno())
         temporary.replace(path)
     except OSError as error:
-        hint = _HINTS.get(error.errno or 0, "check the disk, or choose another one")
-        reason = error.strerror or str(error)
-        raise ContainerError(
-            f"{path}: can't be written ({reason}, {need:,} bytes); {hint}"
-        ) from error
+        raise _unwritten(path, need, error) from error
     finally:
         # after the rename nothing has this name any more
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
     _sync_folder(path.parent)
+
+
+@contextlib.contextmanager
+def staged(path: Path, *, need: int = 0) -> Iterator[Path]:
+    """Where to write a file or a folder that gets the name `path` once the block has ended.
+
+    It lies in a temporary folder beside `path`. After the block its bytes are put on the disk,
+    and then it replaces the file or the folder at `path`. `need` bytes must be free. Raises
+    ContainerError where that fails; then, as after Ctrl-C, nothing is left behind and what was at
+    `path` is untouched.
+    """
+    temporary = path.parent / f".vqbench-{uuid.uuid4().hex}.tmp"
+    made = temporary / path.name
+    try:
+        _check_space(path, need)
+        temporary.mkdir()
+        yield made
+        _sync_tree(made)
+        if path.exists() and (path.is_dir() or made.is_dir()):
+            _exchange(made, path)
+        else:
+            made.replace(path)
+    except OSError as error:
+        raise _unwritten(path, need, error) from error
+    except VqError as error:
+        # the reader knows nothing of the temporary name
+        raise type(error)(str(error).replace(str(made), str(path))) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    _sync_folder(path.parent)
+
+
+def _exchange(made: Path, path: Path) -> None:
+    """Give `made` the name of `path`, which can't be replaced in one step as a file can."""
+    # beside the temporary folder, not in it: what is in there is deleted whatever happens
+    old = path.parent / f".vqbench-{uuid.uuid4().hex}.old"
+    try:
+        path.rename(old)
+        made.rename(path)
+    except BaseException:
+        if old.exists() and not path.exists():
+            old.rename(path)
+        raise
+    if old.is_dir() and not old.is_symlink():
+        shutil.rmtree(old, ignore_errors=True)
+    else:
+        old.unlink()
+
+
+def _sync_tree(top: Path) -> None:
+    paths = [top, *top.rglob("*")] if top.is_dir() else [top]
+    for path in paths:
+        if path.is_dir():
+            _sync_folder(path)
+        else:
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+
+
+def _check_space(path: Path, need: int) -> None:
+    have = shutil.disk_usage(path.parent).free
+    if need > have:
+        raise ContainerError(
+            f"{path}: needs {need:,} bytes, but its disk has {have:,} left; {_SPACE}"
+        )
+
+
+def _unwritten(path: Path, need: int, error: OSError) -> ContainerError:
+    hint = _HINTS.get(error.errno or 0, "check the disk, or choose another one")
+    size = f", {need:,} bytes" if need else ""
+    return ContainerError(f"{path}: can't be written ({error.strerror or error}{size}); {hint}")
 
 
 def _sync_folder(folder: Path) -> None:
