@@ -205,7 +205,7 @@ def write_folder(
     tensors, configs = dict(dense or {}), {}
     for name, config, state in layers:
         configs[name] = config
-        tensors |= {f"{name}.{key}": value.contiguous() for key, value in state.items()}
+        tensors |= {f"{name}.{key}": value.clone().contiguous() for key, value in state.items()}
     described = {"quant_method": "vptq", "config_for_layers": configs, **quantization}
     folder.mkdir(exist_ok=True)
     (folder / "config.json").write_text(json.dumps({"quantization_config": described}))

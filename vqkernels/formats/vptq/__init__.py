@@ -3,5 +3,6 @@
 from __future__ import annotations
 
 from vqkernels.formats.vptq.read import VptqSource, dequantize
+from vqkernels.formats.vptq.write import export
 
-__all__ = ["VptqSource", "dequantize"]
+__all__ = ["VptqSource", "dequantize", "export"]

@@ -8,7 +8,7 @@ own. In a packed layer the main code has the low bits of a cell and the residual
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from vqkernels.parts import check_shape, codebook_sets
 from vqkernels.source import Outline
 from vqkernels.spec import MAX_ENTRIES, Axis, CodebookSpec
 
-__all__ = ["FLOATS", "PERMUTATIONS", "SHORTS", "Layer", "Stored"]
+__all__ = ["FLOATS", "PERMUTATIONS", "SHORTS", "Layer", "Stored", "is_kept", "owners"]
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 # uint16 bits; as int16 or float16 because NCCL and older safetensors have no uint16
@@ -294,7 +294,9 @@ def _whole(field: str, value: object) -> int:
 
 
 def _short(value: object) -> str:
-    text = repr(value)
+    # of a list, only that it is one: it may be nested too deep to print
+    plain = isinstance(value, str | int | float) or value is None
+    text = repr(value) if plain else f"a {type(value).__name__}"
     return text if len(text) <= 40 else f"{text[:40]}..."
 
 
@@ -305,7 +307,7 @@ def _count(config: Mapping[str, Any], field: str, default: int | None = None) ->
 def _pair(config: Mapping[str, Any], field: str) -> tuple[int, int]:
     value = config[field]
     if not isinstance(value, list) or len(value) != 2:
-        raise SpecError(f"{field} must be a list of two, [outlier, main], not {_short(value)}")
+        raise SpecError(f"{field} must be a list of two numbers, [outlier, main]")
     return _whole(field, value[0]), _whole(field, value[1])
 
 
@@ -318,6 +320,17 @@ def _flag(config: Mapping[str, Any], field: str) -> bool:
 
 def _norm_dim(config: Mapping[str, Any]) -> int:
     value = config.get("norm_dim", 0)
-    if isinstance(value, bool) or value not in (0, 1):
+    if type(value) is not int or value not in (0, 1):
         raise SpecError(f"norm_dim must be 0 (by column) or 1 (by row), not {_short(value)}")
-    return int(value)
+    return value
+
+
+def owners(name: str) -> Iterator[str]:
+    """The modules that module `name` lies in, from the inside out."""
+    while name := name.rpartition(".")[0]:
+        yield name
+
+
+def is_kept(name: str, kept: list[str]) -> bool:
+    """Whether a name in `kept` is the module's, one that it lies in, or the last of its parts."""
+    return any(f".{name}.".startswith(f".{k}.") or f".{name}".endswith(f".{k}") for k in kept)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from vqkernels.errors import ContainerError, SpecError, TensorError
 from vqkernels.formats.checkpoint import CONFIG, Checkpoint
-from vqkernels.formats.vptq.layer import FLOATS, Layer, Stored
+from vqkernels.formats.vptq.layer import FLOATS, Layer, Stored, is_kept, owners
 from vqkernels.packing import unpack_codes
 from vqkernels.parts import part_table
 from vqkernels.source import Outline, TensorSource
@@ -64,6 +64,10 @@ class VptqSource(TensorSource):
     def __len__(self) -> int:
         return len(self._layers)
 
+    def __contains__(self, name: object) -> bool:
+        # the Mapping's own would read the matrix
+        return name in self._layers
+
     def outline(self, name: str) -> Outline:
         """What is known of matrix `name`, from the headers. Raises KeyError as a lookup."""
         return self._outlines[name]
@@ -82,10 +86,10 @@ class VptqSource(TensorSource):
         named = _mapping(quantization, "config_for_layers", self._config)
         shared = _mapping(quantization, "shared_layer_config", self._config)
         kept = _kept(quantization, self._config)
-        configs = {name: config for name, config in named.items() if not _is_kept(name, kept)}
+        configs = {name: config for name, config in named.items() if not is_kept(name, kept)}
         for name in self._keys:
             tail = name.rpartition(".")[2]
-            if name in named or tail not in shared or _is_kept(name, kept):
+            if name in named or tail not in shared or is_kept(name, kept):
                 continue
             if f"{name}.weight" in self._keys[name]:
                 raise ContainerError(
@@ -135,7 +139,7 @@ class VptqSource(TensorSource):
                     f"config_for_layers or shared_layer_config, or is in modules_to_not_convert; "
                     f"correct the config"
                 )
-            if owner := next((o for o in _owners(name) if o in self._layers), None):
+            if owner := next((o for o in owners(name) if o in self._layers), None):
                 raise ContainerError(
                     f"{self.checkpoint.folder}: tensor {min(keys)!r} lies in module {owner!r}, "
                     f"which is quantised; remove it"
@@ -242,20 +246,14 @@ def _located(where: str) -> Iterator[None]:
         raise type(error)(f"{where}: {error}") from error
 
 
-def _owners(name: str) -> Iterator[str]:
-    """The modules that module `name` lies in, from the inside out."""
-    while name := name.rpartition(".")[0]:
-        yield name
-
-
 def _keys_by_module(checkpoint: Checkpoint) -> dict[str, frozenset[str]]:
     """The keys of each module that holds a tensor; `x.centroids.weight` counts as `x`'s."""
     modules: dict[str, set[str]] = {}
     for key in checkpoint.keys():  # noqa: SIM118
-        owner = key.rpartition(".")[0]
-        for suffix in (".centroids", ".res_centroids", ".outlier_centroids"):
-            owner = owner.removesuffix(suffix)
-        modules.setdefault(owner, set()).add(key)
+        owner, _, last = key.rpartition(".")
+        parent, _, book = owner.rpartition(".")
+        of_layer = last == "weight" and book in ("centroids", "res_centroids", "outlier_centroids")
+        modules.setdefault(parent if of_layer else owner, set()).add(key)
     return {name: frozenset(keys) for name, keys in modules.items()}
 
 
@@ -275,8 +273,3 @@ def _kept(quantization: Mapping[str, Any], path: object) -> list[str]:
     if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
         raise ContainerError(f"{path}: modules_to_not_convert is no list of names; {_AGAIN}")
     return value
-
-
-def _is_kept(name: str, kept: list[str]) -> bool:
-    """Whether a name in `kept` is the module's, one that it lies in, or the last of its parts."""
-    return any(f".{name}.".startswith(f".{k}.") or f".{name}".endswith(f".{k}") for k in kept)
