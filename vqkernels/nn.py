@@ -88,7 +88,7 @@ class VQLinear(nn.Module):
         stages = "+".join(str(entries) for entries in spec.stages)
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, "
-            f"bias={self.bias is not None}, {spec.method} {stages} x {spec.vector_length} "
+            f"bias={self.bias is not None}, {spec.method} {stages} x {spec.vector_text} "
             f"along {spec.vector_axis}, {self.quantized.bits.per_weight():.3g} bits"
         )
 
