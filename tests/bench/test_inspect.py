@@ -52,7 +52,7 @@ def path(tmp_path: Path) -> Path:
 
 def test_describes_every_tensor(path: Path) -> None:
     content = described(path)
-    assert (content["container_version"], content["spec_version"]) == (1, 1)
+    assert (content["container_version"], content["spec_version"]) == (2, 1)
     assert content["provenance"]["seed"] == "5"
     a, b = content["tensors"]
     assert (a["tensor"], a["n"], a["k"], a["bias"]) == ("a", 8, 16, True)
