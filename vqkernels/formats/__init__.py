@@ -8,13 +8,17 @@ from pathlib import Path
 
 from vqkernels.container import open_container
 from vqkernels.errors import ContainerError
+from vqkernels.formats.aqlm import AqlmSource
 from vqkernels.formats.checkpoint import CONFIG, Checkpoint
 from vqkernels.formats.vptq import VptqSource
 from vqkernels.source import TensorSource
 
 __all__ = ["Checkpoint", "open_source"]
 
-_BY_METHOD: dict[str, Callable[[Checkpoint], TensorSource]] = {"vptq": VptqSource}
+_BY_METHOD: dict[str, Callable[[Checkpoint], TensorSource]] = {
+    "aqlm": AqlmSource,
+    "vptq": VptqSource,
+}
 
 
 def open_source(path: str | os.PathLike[str]) -> TensorSource:

@@ -11,6 +11,7 @@ import json
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -22,7 +23,7 @@ from vqkernels.container.checksums import raw_bytes
 from vqkernels.errors import ContainerError
 from vqkernels.formats.checkpoint import CONFIG, DTYPES, INDEX, WEIGHTS
 
-__all__ = ["SHARD_BYTES", "Group", "write_checkpoint"]
+__all__ = ["SHARD_BYTES", "Group", "dense_group", "with_quantization", "write_checkpoint"]
 
 SHARD_BYTES = 5_000_000_000  # transformers' own limit of a file
 
@@ -82,6 +83,26 @@ def write_checkpoint(
             }
             (made / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
         (made / CONFIG).write_text(text, encoding="utf-8")
+
+
+def dense_group(tensors: Mapping[str, Tensor], key: str) -> Group:
+    """Tensor `key` of `tensors`, as it is; looked up once here, and once more to be written."""
+    value = tensors[key]
+    return Group({key: (tuple(value.shape), value.dtype)}, partial(_looked_up, tensors, key))
+
+
+def _looked_up(tensors: Mapping[str, Tensor], key: str) -> dict[str, Tensor]:
+    return {key: tensors[key]}
+
+
+def with_quantization(
+    config: Mapping[str, Any] | None, quantization: Mapping[str, Any]
+) -> dict[str, Any]:
+    """A model's `config` with this quantization_config in the place of any other."""
+    content = dict(config or {})
+    if isinstance(text := content.get("text_config"), Mapping):
+        content["text_config"] = {k: v for k, v in text.items() if k != "quantization_config"}
+    return {**content, "quantization_config": dict(quantization)}
 
 
 def _check_new(folder: Path) -> None:

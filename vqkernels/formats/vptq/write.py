@@ -13,7 +13,13 @@ from torch import Tensor
 from vqkernels.container.manifest import check_name
 from vqkernels.errors import ContainerError, SpecError, UnsupportedError
 from vqkernels.formats.vptq.layer import Layer, is_kept, owners
-from vqkernels.formats.write_checkpoint import SHARD_BYTES, Group, write_checkpoint
+from vqkernels.formats.write_checkpoint import (
+    SHARD_BYTES,
+    Group,
+    dense_group,
+    with_quantization,
+    write_checkpoint,
+)
 from vqkernels.packing import pack_codes
 from vqkernels.source import outline_of
 from vqkernels.tensor import QuantizedTensor
@@ -53,8 +59,8 @@ def export(
     groups = [_matrix(source, name, layer) for name, layer in layers.items()]
     kept = []
     for key in dense:
-        shape = tuple(dense[key].shape)
-        groups.append(Group({key: (shape, dense[key].dtype)}, partial(_dense, dense, key)))
+        groups.append(dense_group(dense, key))
+        shape, _ = groups[-1].tensors[key]
         module, _, last = key.rpartition(".")
         # what transformers would take for a linear layer without a config
         if last == "weight" and len(shape) == 2 and not any(is_kept(n, [module]) for n in layers):
@@ -64,15 +70,8 @@ def export(
         "config_for_layers": {name: layer.to_config() for name, layer in layers.items()},
         "modules_to_not_convert": kept,
     }
-    write_checkpoint(folder, _config(config, quantization), groups, shard_bytes=shard_bytes)
-
-
-def _config(config: Mapping[str, Any] | None, quantization: dict[str, Any]) -> dict[str, Any]:
-    """`config` with `quantization` in the place of any other."""
-    content = dict(config or {})
-    if isinstance(text := content.get("text_config"), Mapping):
-        content["text_config"] = {k: v for k, v in text.items() if k != "quantization_config"}
-    return {**content, "quantization_config": quantization}
+    content = with_quantization(config, quantization)
+    write_checkpoint(folder, content, groups, shard_bytes=shard_bytes)
 
 
 def _check_places(
@@ -90,10 +89,6 @@ def _check_places(
             raise ContainerError(
                 f"{folder}: tensor {key!r} has the name of a VPTQ codebook; rename it"
             )
-
-
-def _dense(tensors: Mapping[str, Tensor], key: str) -> dict[str, Tensor]:
-    return {key: tensors[key]}
 
 
 def _matrix(source: Mapping[str, QuantizedTensor], name: str, layer: Layer) -> Group:
