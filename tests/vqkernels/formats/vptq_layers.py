@@ -50,7 +50,7 @@ def upstream() -> Upstream:
 
 @contextlib.contextmanager
 def _stand_ins() -> Iterator[None]:
-    """Empty modules for what the wheel imports and its layers don't use; others stay as they are."""
+    """Empty modules for what the wheel imports and its layers don't use."""
     names = ("accelerate", "huggingface_hub", "sentence_transformers", "transformers")
     stubs: dict[str, Any] = {name: types.ModuleType(name) for name in names}
     nested = "sentence_transformers.SentenceTransformer"

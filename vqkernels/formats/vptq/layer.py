@@ -136,11 +136,12 @@ class Layer:
             bias=outline.bias,
         )
         layer.check()
-        mine, theirs = spec.to_dict(), layer.outline(dtype, bias=outline.bias).spec.to_dict()
-        for field, value in mine.items():
-            if value != theirs[field]:
+        held = layer.outline(dtype, bias=outline.bias).spec
+        for field in dataclasses.fields(CodebookSpec):
+            asked, has = getattr(spec, field.name), getattr(held, field.name)
+            if asked != has:
                 raise UnsupportedError(
-                    f"{field} is {value!r}, but a VPTQ layer like it has {theirs[field]!r}"
+                    f"{field.name} is {asked!r}, but a VPTQ layer like it has {has!r}"
                 )
         if packed and layer.permuted and layer.in_features > MAX_ENTRIES:
             raise UnsupportedError(
