@@ -8,18 +8,23 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Set
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
+from torch import Tensor
 
 from vqkernels.container.checksums import decoded_sha256, sha256
+from vqkernels.container.codes import check_expansion, check_usage, restore_codes
+from vqkernels.container.layout import find_pads
 from vqkernels.container.manifest import ContainerInfo, TensorInfo, from_header, located
-from vqkernels.container.stored import DTYPES, stored_table, unpack
+from vqkernels.container.stored import DTYPES, stored_table
 from vqkernels.errors import ContainerError, VqError
-from vqkernels.parts import Part, check_shape
+from vqkernels.parts import check_shape
 from vqkernels.source import TensorSource
 from vqkernels.tensor import QuantizedTensor
 
@@ -35,13 +40,15 @@ class Container(TensorSource):
     meanwhile (as `save` does) stays readable here as it was.
     """
 
-    def __init__(self, path: Path, file: Any, info: ContainerInfo) -> None:
+    def __init__(self, path: Path, file: Any, info: ContainerInfo, pads: Mapping[str, str]) -> None:
         self.path, self.info = path, info
-        self._file = file
+        self._file, self._pads = file, pads
         self._outlines = {tensor.name: tensor for tensor in info.tensors}
 
     def __getitem__(self, name: str) -> QuantizedTensor:
-        return self._read(self._outlines[name])
+        info = self._outlines[name]
+        with located(self.path), _explained(self.path):
+            return self._restored(info, self._parts(info))
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._outlines)
@@ -58,14 +65,16 @@ class Container(TensorSource):
         return self._outlines[name]
 
     def verify(self, name: str) -> QuantizedTensor:
-        """Matrix `name`, its dequantised values checked too: as long as dequantising takes.
+        """Matrix `name`, its usage and its dequantised values checked too.
 
-        Raises ContainerError and TensorError as a lookup does, and KeyError.
+        It takes as long as dequantising does. Raises ContainerError and TensorError as a lookup
+        does, and KeyError.
         """
-        info = self._outlines[name]
-        tensor = self._read(info)
-        with located(self.path):
-            where = f"tensor {name!r}"
+        info, where = self._outlines[name], f"tensor {name!r}"
+        with located(self.path), _explained(self.path):
+            parts = self._parts(info)
+            tensor = self._restored(info, parts)
+            check_usage(parts, tensor.parts["codes"], where)
             if decoded_sha256(tensor, where) != info.decoded_checksum:
                 raise ContainerError(
                     f"{where}: the dequantised values don't match their checksum; "
@@ -73,20 +82,47 @@ class Container(TensorSource):
                 )
         return tensor
 
-    def _read(self, info: TensorInfo) -> QuantizedTensor:
-        where = f"tensor {info.name!r}"
+    def usage(self, name: str) -> dict[int, Tensor]:
+        """How often each entry of a stage is used, int64 `[entries]`, for stages that store it.
+
+        Only that is read. Raises as a lookup does.
+        """
+        info = self._outlines[name]
+        stages = range(len(info.spec.stages))
         with located(self.path), _explained(self.path):
-            parts = {}
-            for part in info.table():
-                # a copy: what is checked here has to be what is used, and a mapped file may be
-                # changed under us, or truncated, which ends a process that touches it later
-                parts[part] = self._file.get_tensor(f"{info.name}/{part}").clone()
-                if sha256(parts[part]) != info.checksums[part]:
-                    raise ContainerError(f"{where}: {part} doesn't match its checksum; {_AGAIN}")
-            parts["codes"] = unpack(parts["codes"], info.spec, info.table()["codes"], where)
-            tensor = QuantizedTensor(info.spec, info.n, info.k, parts)
-            tensor.validate(where)
-            return tensor
+            found = {
+                s: self._part(info, part)
+                for s in stages
+                if (part := f"usage_{s}") in info.checksums
+            }
+        return {stage: counts.long() for stage, counts in found.items()}
+
+    def _parts(self, info: TensorInfo) -> dict[str, Tensor]:
+        return {part: self._part(info, part) for part in info.part_bytes}
+
+    def _part(self, info: TensorInfo, part: str) -> Tensor:
+        """A stored part, its checksum checked, and the zeros behind it.
+
+        A copy: what is checked has to be what is used, and a mapped file may be changed under us,
+        or truncated, which ends a process that touches it then.
+        """
+        key, where = f"{info.name}/{part}", f"tensor {info.name!r}"
+        value: Tensor = self._file.get_tensor(key).clone()
+        if sha256(value) != info.checksums[part]:
+            raise ContainerError(f"{where}: {part} doesn't match its checksum; {_AGAIN}")
+        if (pad := self._pads.get(key)) and bool(self._file.get_tensor(pad).any()):
+            raise ContainerError(
+                f"{where}: {pad!r}, behind {part}, holds more than zeros; {_AGAIN}"
+            )
+        return value
+
+    def _restored(self, info: TensorInfo, parts: Mapping[str, Tensor]) -> QuantizedTensor:
+        where = f"tensor {info.name!r}"
+        codes = restore_codes(parts, info, where)
+        found = {part: codes if part == "codes" else parts[part] for part in info.table()}
+        tensor = QuantizedTensor(info.spec, info.n, info.k, found)
+        tensor.validate(where)
+        return tensor
 
 
 def open_container(path: str | os.PathLike[str]) -> Container:
@@ -99,8 +135,9 @@ def open_container(path: str | os.PathLike[str]) -> Container:
     path = Path(path)
     with located(path), _explained(path):
         _check_file(path)
+        size = path.stat().st_size
         file = safe_open(path, framework="pt")
-        return Container(path, file, _checked_info(file))
+        return Container(path, file, *_checked_info(file, size))
 
 
 def load(
@@ -159,41 +196,58 @@ def _one_line(error: Exception) -> str:
     return str(error).splitlines()[0] if str(error) else type(error).__name__
 
 
-def _checked_info(file: Any) -> ContainerInfo:
-    """The file's description, once every tensor in its header has the shape and dtype it implies.
+def _checked_info(file: Any, file_size: int) -> tuple[ContainerInfo, dict[str, str]]:
+    """The description, once every tensor in the header has the shape and dtype it implies; pads.
 
     Shapes in the header are bounded by the file's size, so those of the description are too.
     """
     info = from_header(file.metadata())
-    present, expected = set(file.keys()), set()
+    present = set(file.keys())
     described = []
     for tensor in info.tensors:
-        where = f"tensor {tensor.name!r}"
-        try:
-            check_shape(tensor.spec, tensor.n, tensor.k)
-        except VqError as error:
-            raise ContainerError(f"{where}: {error}; {_AGAIN}") from error
-        table = stored_table(tensor)
-        if set(tensor.checksums) != set(table):
-            raise ContainerError(f"{where}: its parts don't go with its format; {_AGAIN}")
-        keys = {f"{tensor.name}/{part}": entry for part, entry in table.items()}
-        if absent := sorted(set(keys) - present):
-            raise ContainerError(f"{where}: {absent[0]!r} is missing; {_AGAIN}")
-        for key, entry in keys.items():
-            _check_header(file, key, entry, where)
-        expected |= set(keys)
-        size = sum(entry.numel * entry.dtype.itemsize for entry in table.values())
-        described.append(dataclasses.replace(tensor, stored_bytes=size))
-    if extra := sorted(present - expected):
+        with _about(f"tensor {tensor.name!r}"):
+            sizes = _checked_parts(file, tensor, present)
+            check_expansion(tensor, sizes)
+        described.append(dataclasses.replace(tensor, part_bytes=sizes))
+    parts = {
+        f"{tensor.name}/{part}": size
+        for tensor in described
+        for part, size in tensor.part_bytes.items()
+    }
+    pads = {}
+    if info.version > 1:
+        with _about():
+            pads = find_pads(file, parts, file_size)
+    elif extra := sorted(present - set(parts)):
         raise ContainerError(f"{extra[0]!r} belongs to no tensor of the description; {_AGAIN}")
-    return dataclasses.replace(info, tensors=tuple(described))
+    return dataclasses.replace(info, tensors=tuple(described)), pads
 
 
-def _check_header(file: Any, key: str, entry: Part, where: str) -> None:
-    found = file.get_slice(key)
-    shape, dtype = tuple(found.get_shape()), str(found.get_dtype())
-    if shape != entry.shape or dtype != DTYPES[entry.dtype]:
-        raise ContainerError(
-            f"{where}: {key.rpartition('/')[2]} is {dtype} {list(shape)}, but the format needs "
-            f"{DTYPES[entry.dtype]} {list(entry.shape)}; {_AGAIN}"
-        )
+def _checked_parts(file: Any, tensor: TensorInfo, present: Set[str]) -> dict[str, int]:
+    """Bytes of each part. Raises ContainerError unless the header says of them what it should."""
+    check_shape(tensor.spec, tensor.n, tensor.k)
+    table = stored_table(tensor)
+    if set(tensor.checksums) != set(table):
+        raise ContainerError("its parts don't go with its format")
+    if absent := sorted(
+        set(table) - {part for part in table if f"{tensor.name}/{part}" in present}
+    ):
+        raise ContainerError(f"'{tensor.name}/{absent[0]}' is missing")
+    sizes = {}
+    for part, entry in table.items():
+        found = file.get_slice(f"{tensor.name}/{part}")
+        shape, dtype = found.get_shape(), str(found.get_dtype())
+        kind = next((kind for kind, name in DTYPES.items() if name == dtype), torch.bool)
+        if not entry.fits(shape, kind):
+            raise ContainerError(f"{part} is {dtype} {list(shape)}, but the format needs {entry}")
+        sizes[part] = math.prod(shape) * kind.itemsize
+    return sizes
+
+
+@contextlib.contextmanager
+def _about(where: str = "") -> Iterator[None]:
+    """Errors inside as ContainerErrors with `where` in front and a fix behind."""
+    try:
+        yield
+    except VqError as error:
+        raise ContainerError(f"{where}{where and ': '}{error}; {_AGAIN}") from error

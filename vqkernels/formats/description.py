@@ -39,7 +39,7 @@ from vqkernels.container.manifest import (
     _strings,
     check_name,
 )
-from vqkernels.container.write import checked_provenance
+from vqkernels.container.origin import checked_provenance
 from vqkernels.errors import ContainerError, VqError
 from vqkernels.parts import Part, check_shape
 from vqkernels.source import Outline, TensorSource, outline_of

@@ -102,7 +102,7 @@ HUGE = 10**18
 # By name: a change, which may return another text instead, and what the error says.
 DESCRIPTION_EDITS: dict[str, tuple[Callable[[Any], str | None], str]] = {
     "a newer version": (_edit(version=2), "version is 2, but this build reads 1; upgrade"),
-    "a newer spec": (_edit(spec_version=9), "spec_version is 9, but this build reads 1; upgrade"),
+    "a newer spec": (_edit(spec_version=9), "spec_version is 9, but this build reads 2; upgrade"),
     "no version": (_edit(version=None), "version should be"),
     "another byte order": (_edit(byte_order="big"), "byte_order is not 'little'"),
     "another format": (_edit(format="other"), "the description is of no vqbench-"),

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import resource
+import shutil
 import tempfile
 import zipfile
 from collections.abc import Callable, Iterator
@@ -24,6 +25,7 @@ from tests.vqkernels.formats.damage import (
     small,
 )
 from vqkernels.errors import ContainerError, TensorError, VqError
+from vqkernels.formats import description, npz
 from vqkernels.formats.npz import NpzSource, save_npz
 from vqkernels.source import outline_of
 from vqkernels.tensor import QuantizedTensor, random_tensor
@@ -148,6 +150,18 @@ def test_nothing_is_left_of_what_fails(path: Path) -> None:
         save_npz(path, {"a": small()}, provenance={"seed": 1})  # type: ignore[dict-item]
     assert path.read_bytes() == before
     assert list(path.parent.iterdir()) == [path]
+
+
+def test_what_there_is_no_room_for(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = path.read_bytes()
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(9, 9, 9))
+        with pytest.raises(ContainerError, match=r"x\.npz: needs \d+ bytes, but its disk has 9"):
+            save_npz(path, {"layer": small()})
+    monkeypatch.setattr(description, "MAX_TEXT", 100)
+    with pytest.raises(ContainerError, match=r"x\.npz: the description takes .* of at most 100;"):
+        save_npz(path, {"layer": small()})
+    assert path.read_bytes() == before
 
 
 def test_a_write_that_the_system_cuts_short(path: Path) -> None:
@@ -316,7 +330,7 @@ def test_a_description_changed_without_its_checksum(path: Path) -> None:
 
 def test_compressed_arrays_are_refused_before_they_are_read(path: Path) -> None:
     np.savez_compressed(path, **arrays_of(path))
-    refused(path, "is compressed or encrypted; save it with numpy.savez")
+    refused(path, "is compressed; save it with numpy.savez")
 
 
 def test_a_file_that_claims_more_than_it_has(path: Path) -> None:
@@ -327,6 +341,11 @@ def test_a_file_that_claims_more_than_it_has(path: Path) -> None:
         content[entry + at : entry + at + 4] = (1 << 31).to_bytes(4, "little")
     path.write_bytes(content)
     refused(path, "'layer/codes.npy' claims 2,147,483,648 bytes")
+
+
+def test_a_description_that_is_too_long(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(npz, "MAX_TEXT", 100)
+    refused(path, r"a description of \d,\d+ bytes; copy")
 
 
 def test_what_is_no_npz_file(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -126,6 +127,11 @@ def test_a_short_name_can_be_had_back(name: str) -> None:
         assert unquote(file.removesuffix(".idx.bin")) == name
 
 
+def test_a_name_with_a_percent_sign_is_told_from_what_it_would_mean() -> None:
+    files = [plain.file_name(name, "codes", 1) for name in ("%2e", ".", "%252e")]
+    assert files == ["%252e.idx.bin", "%2e.idx.bin", "%25252e.idx.bin"]
+
+
 def test_a_long_name_is_cut_and_told_apart() -> None:
     first, second = (plain.file_name("x" * 1023 + end, "outlier_codebook", 1) for end in "ab")
     assert first != second
@@ -174,6 +180,12 @@ def test_nothing_is_left_of_what_fails(folder: Path) -> None:
         save_plain(folder.parent / "none/set", {"a": small()})
     assert_same(PlainSource(folder)["layer"], small())
     assert {path.name for path in folder.parent.iterdir()} == {"set", "file"}
+
+
+def test_what_there_is_no_room_for(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(9, 9, 9))
+    with pytest.raises(ContainerError, match=r"set: needs \d+ bytes, but its disk has 9"):
+        save_plain(folder, {"layer": small()})
 
 
 def test_a_set_whose_writing_was_cut_short_is_none(folder: Path) -> None:
