@@ -1,7 +1,45 @@
-"""Others' checkpoint formats: quantised matrices read from their folders and written back."""
+"""Quantised matrices in other files than containers: others' checkpoints, arrays, plain files."""
 
 from __future__ import annotations
 
-from vqkernels.formats.checkpoint import Checkpoint
+import os
+from collections.abc import Callable
+from pathlib import Path
 
-__all__ = ["Checkpoint"]
+from vqkernels.container import open_container
+from vqkernels.errors import ContainerError
+from vqkernels.formats.aqlm import AqlmSource
+from vqkernels.formats.checkpoint import CONFIG, Checkpoint
+from vqkernels.formats.npz import NpzSource
+from vqkernels.formats.plain import INDEX, PlainSource
+from vqkernels.formats.vptq import VptqSource
+from vqkernels.source import TensorSource
+
+__all__ = ["Checkpoint", "open_source"]
+
+_BY_METHOD: dict[str, Callable[[Checkpoint], TensorSource]] = {
+    "aqlm": AqlmSource,
+    "vptq": VptqSource,
+}
+
+
+def open_source(path: str | os.PathLike[str]) -> TensorSource:
+    """The quantised matrices at `path`: a container, a checkpoint's folder (with config.json), an
+    .npz file or a folder of plain files (with layers.json).
+
+    Raises ContainerError where it is none of them, or a checkpoint of another method.
+    """
+    path = Path(path)
+    if path.suffix == ".npz":
+        return NpzSource(path)
+    if path.name == INDEX or (path / INDEX).exists():
+        return PlainSource(path)
+    if not (path / CONFIG).exists():
+        return open_container(path)
+    checkpoint = Checkpoint(path)
+    if checkpoint.method not in _BY_METHOD:
+        raise ContainerError(
+            f"{path / CONFIG}: quant_method {checkpoint.method!r} is not one that vqbench reads "
+            f"({', '.join(_BY_METHOD)}); convert it with its own tools first"
+        )
+    return _BY_METHOD[checkpoint.method](checkpoint)

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from vqkernels.formats.description import DescribedTensor
 from vqkernels.spec import CodebookSpec
 from vqkernels.tensor import QuantizedTensor, random_tensor
 
@@ -67,6 +68,13 @@ def assert_same(found: QuantizedTensor, expected: QuantizedTensor) -> None:
         assert torch.equal(other.view(torch.uint8), value.contiguous().view(torch.uint8)), name
 
 
+def assert_tells(outline: DescribedTensor, tensor: QuantizedTensor) -> None:
+    """An outline from a description is that of `tensor`."""
+    assert (outline.spec, outline.n, outline.k) == (tensor.spec, tensor.n, tensor.k)
+    assert outline.bias == (tensor.bias is not None)
+    assert outline.stored_bytes == sum(part.nbytes for part in tensor.parts.values())
+
+
 def redescribed(content: Any, parts: Iterable[tuple[str, str, bytes]]) -> Any:
     """`content` with the checksums of `parts` (tensor, part, bytes) and its own made right."""
     for name, part, data in parts:
@@ -102,7 +110,7 @@ HUGE = 10**18
 # By name: a change, which may return another text instead, and what the error says.
 DESCRIPTION_EDITS: dict[str, tuple[Callable[[Any], str | None], str]] = {
     "a newer version": (_edit(version=2), "version is 2, but this build reads 1; upgrade"),
-    "a newer spec": (_edit(spec_version=9), "spec_version is 9, but this build reads 1; upgrade"),
+    "a newer spec": (_edit(spec_version=9), "spec_version is 9, but this build reads 2; upgrade"),
     "no version": (_edit(version=None), "version should be"),
     "another byte order": (_edit(byte_order="big"), "byte_order is not 'little'"),
     "another format": (_edit(format="other"), "the description is of no vqbench-"),
@@ -130,6 +138,8 @@ DESCRIPTION_EDITS: dict[str, tuple[Callable[[Any], str | None], str]] = {
     "no k": (_edit_tensor(k="9"), "tensor 'layer': k should be"),
     "bias a number": (_edit_tensor(bias=1), "tensor 'layer': bias should be"),
     "no bias": (_edit_tensor(bias=False), "tensor 'layer': its parts don't go with"),
+    "made a list": (_edit_tensor(made=[]), "tensor 'layer': made is no object"),
+    "made at infinity": (_edit_tensor(made={"error": -1}), "tensor 'layer': made: error is -1"),
     "parts a list": (_edit_tensor(parts=[]), "tensor 'layer': parts should be"),
     "a part too many": (
         lambda content: content["tensors"][0]["parts"].update(x={}),
