@@ -22,6 +22,8 @@ from vqkernels.spec import CodebookSpec
 
 __all__ = ["QuantizedTensor", "random_tensor"]
 
+_PIECE = 1 << 18  # codes that are checked at once
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class QuantizedTensor:
@@ -190,8 +192,10 @@ def row_step(spec: CodebookSpec) -> int:
 
 
 def _check_range(name: str, part: str, codes: Tensor, entries: int) -> None:
-    # torch compares uint16 on no backend yet; int32 holds every code
-    top = int(codes.to(torch.int32).max())
+    # torch compares uint16 on no backend yet; int32 holds every code, but all of them at once
+    # would be as large as the matrix
+    pieces = torch.split(codes, max(1, _PIECE // codes.shape[1]))
+    top = max(int(piece.to(torch.int32).max()) for piece in pieces)
     if top >= entries:
         raise TensorError(
             f"{name}: {part} reach {top}, but the codebook has {entries} entries; "

@@ -5,12 +5,18 @@ The header of the safetensors file carries two strings: `vqbench`, a JSON object
 so that a file from a newer release is told apart from a damaged one. The object:
 
     container_version, spec_version: whole numbers
-    provenance: strings by name (creator, date, seed, method, ...)
+    provenance: strings by name (see `origin`)
     tensors: a list of
         name, n, k, bias (true if one is stored), spec (the fields of CodebookSpec)
+        coding: of each stage's codes, `packed` or `ans` (see `stored`)
+        usage: true if the usage of every stage is stored, false if only that of `ans` stages
+        made: how the matrix was made, an object (see `origin`); missing where nothing is known
         sha256: of each stored part's bytes, by part name
         decoded_sha256: of `QuantizedTensor.stored_weight`, rounded from float64 to float32,
             row after row, little-endian
+
+A reader passes over fields that it doesn't know: what changes the meaning of others comes with
+another version. Version 1 has no coding (all are packed), no usage (none is stored) and no made.
 
 Nothing in a file is believed: each field is checked for its type and size, and every shape that
 it implies is compared with what the file really holds before anything is allocated.
@@ -26,14 +32,16 @@ import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, NoReturn, TypeVar
+from typing import Any, Literal, NoReturn, TypeVar, get_args
 
+from vqkernels.container.origin import Made, check_made, frozen_made
 from vqkernels.errors import ContainerError, SpecError, TensorError
 from vqkernels.source import Outline
 from vqkernels.spec import SPEC_VERSION, CodebookSpec
 
 __all__ = [
     "CONTAINER_VERSION",
+    "Coding",
     "ContainerInfo",
     "TensorInfo",
     "check_name",
@@ -42,7 +50,9 @@ __all__ = [
     "to_header",
 ]
 
-CONTAINER_VERSION = 1
+CONTAINER_VERSION = 2
+
+Coding = Literal["packed", "ans"]
 
 MAX_TEXT = 1 << 25  # 32 MB: 20,000 matrices; safetensors refuses headers above 100 MB
 MAX_NUMBER = (1 << 31) - 1  # of n, k and a spec's fields: products of four stay far from 2**1024
@@ -51,6 +61,8 @@ _TEXT, _DIGEST = "vqbench", "vqbench_sha256"
 _UPGRADE = "upgrade vqbench (pip install -U vqbench)"
 _DAMAGED = "it was damaged or edited; copy or make it again"
 
+_FIELDS = ("container_version", "spec_version", "provenance", "tensors")
+
 T = TypeVar("T")
 
 
@@ -58,25 +70,40 @@ T = TypeVar("T")
 class TensorInfo(Outline):
     """One matrix of a container.
 
-    stored_bytes: size of its parts in the file, padding included.
+    coding: how the codes of each stage are stored.
+    usage: whether how often each entry is used is stored for every stage.
+    made: how the matrix was made (see `origin`).
     checksums: SHA-256 of each stored part, in hexadecimal.
     decoded_checksum: the same of the dequantised matrix (before rotation, scale and zero).
+    part_bytes: size of each stored part; empty before the file is looked at.
     """
 
     name: str
+    coding: tuple[Coding, ...]
+    usage: bool
     checksums: Mapping[str, str]
     decoded_checksum: str
-    stored_bytes: int = 0
+    made: Made = dataclasses.field(default_factory=dict)
+    part_bytes: Mapping[str, int] = dataclasses.field(default_factory=dict)
+
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes of its parts in the file, without what aligns them."""
+        return sum(self.part_bytes.values())
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ContainerInfo:
-    """What a container holds and where it comes from."""
+    """What a container holds and where it comes from.
+
+    extra: fields of the description that are none of these, as JSON has them.
+    """
 
     version: int
     spec_version: int
     provenance: Mapping[str, str]
     tensors: tuple[TensorInfo, ...]
+    extra: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 def to_header(info: ContainerInfo) -> dict[str, str]:
@@ -91,6 +118,9 @@ def to_header(info: ContainerInfo) -> dict[str, str]:
             "k": tensor.k,
             "bias": tensor.bias,
             "spec": tensor.spec.to_dict(),
+            "coding": list(tensor.coding),
+            "usage": tensor.usage,
+            **({"made": dict(tensor.made)} if tensor.made else {}),
             "sha256": dict(tensor.checksums),
             "decoded_sha256": tensor.decoded_checksum,
         }
@@ -101,6 +131,7 @@ def to_header(info: ContainerInfo) -> dict[str, str]:
         "spec_version": info.spec_version,
         "provenance": dict(info.provenance),
         "tensors": tensors,
+        **info.extra,
     }
     text = json.dumps(content, separators=(",", ":"), allow_nan=False)
     if len(text) > MAX_TEXT:
@@ -112,7 +143,7 @@ def to_header(info: ContainerInfo) -> dict[str, str]:
 
 
 def from_header(header: Mapping[str, str] | None) -> ContainerInfo:
-    """The description in a file's header strings; `stored_bytes` is left at 0.
+    """The description in a file's header strings; `part_bytes` is left empty.
 
     Raises ContainerError, without the file's name, for anything but what `to_header` makes.
     """
@@ -123,23 +154,31 @@ def from_header(header: Mapping[str, str] | None) -> ContainerInfo:
     if set(header) != {_TEXT, _DIGEST} or _sha256(header[_TEXT]) != header[_DIGEST]:
         raise ContainerError(f"the description doesn't match its checksum; {_DAMAGED}")
     content = _parse(header[_TEXT])
-    for name, known in (("container_version", CONTAINER_VERSION), ("spec_version", SPEC_VERSION)):
-        version = _field(content, name, int, "the file")
-        if version != known:
-            raise ContainerError(
-                f"{name} is {version}, but this build reads {known}; "
-                f"{_UPGRADE if version > known else _DAMAGED}"
-            )
+    version = _version(content, "container_version", CONTAINER_VERSION)
+    spec_version = _version(content, "spec_version", SPEC_VERSION)
     provenance = _strings(content, "provenance", "the file")
-    tensors = tuple(_tensor(entry) for entry in _field(content, "tensors", list, "the file"))
+    entries = _field(content, "tensors", list, "the file")
+    tensors = tuple(_tensor(entry, version) for entry in entries)
     if len({tensor.name for tensor in tensors}) != len(tensors):
         raise ContainerError(f"two tensors have the same name; {_DAMAGED}")
     return ContainerInfo(
-        version=CONTAINER_VERSION,
-        spec_version=SPEC_VERSION,
+        version=version,
+        spec_version=spec_version,
         provenance=provenance,
         tensors=tensors,
+        extra={name: value for name, value in content.items() if name not in _FIELDS},
     )
+
+
+def _version(content: dict[str, Any], name: str, newest: int) -> int:
+    version = _field(content, name, int, "the file")
+    if not 1 <= version <= newest:
+        known = "1" if newest == 1 else f"1 to {newest}"
+        raise ContainerError(
+            f"{name} is {version}, but this build reads {known}; "
+            f"{_UPGRADE if version > newest else _DAMAGED}"
+        )
+    return version
 
 
 def check_name(name: str) -> None:
@@ -191,7 +230,7 @@ def _strings(content: dict[str, Any], name: str, where: str) -> Mapping[str, str
     return MappingProxyType(values)
 
 
-def _tensor(entry: object) -> TensorInfo:
+def _tensor(entry: object, version: int) -> TensorInfo:
     if not isinstance(entry, dict):
         raise ContainerError(f"a tensor is described by something else than an object; {_DAMAGED}")
     name = _field(entry, "name", str, "a tensor")
@@ -202,15 +241,44 @@ def _tensor(entry: object) -> TensorInfo:
     for digest in (*checksums.values(), decoded):
         if not re.fullmatch("[0-9a-f]{64}", digest):
             raise ContainerError(f"{where}: a checksum is no SHA-256; {_DAMAGED}")
+    spec = _spec(_field(entry, "spec", dict, where), where)
     return TensorInfo(
         name=name,
-        spec=_spec(_field(entry, "spec", dict, where), where),
+        spec=spec,
         n=_side(entry, "n", where),
         k=_side(entry, "k", where),
         bias=_field(entry, "bias", bool, where),
+        coding=_coding(entry, spec, where, version),
+        usage=version > 1 and _field(entry, "usage", bool, where),
+        made=_made(entry, where) if version > 1 else {},
         checksums=checksums,
         decoded_checksum=decoded,
     )
+
+
+def _coding(
+    entry: dict[str, Any], spec: CodebookSpec, where: str, version: int
+) -> tuple[Coding, ...]:
+    if version == 1:
+        return tuple("packed" for _ in spec.stages)
+    coding = _field(entry, "coding", list, where)
+    if len(coding) != len(spec.stages) or not all(kind in get_args(Coding) for kind in coding):
+        raise ContainerError(
+            f"{where}: coding should give {' or '.join(get_args(Coding))} for each stage; "
+            f"{_DAMAGED}"
+        )
+    if ("ans", 1) in zip(coding, spec.stages, strict=True):
+        raise ContainerError(f"{where}: coding of a stage with one entry can't be ans; {_DAMAGED}")
+    return tuple(coding)
+
+
+def _made(entry: dict[str, Any], where: str) -> Made:
+    made = entry.get("made", {})
+    try:
+        check_made(made)
+    except ContainerError as error:
+        raise ContainerError(f"{where}: {error}; {_DAMAGED}") from error
+    return frozen_made(made)
 
 
 def _side(entry: dict[str, Any], name: str, where: str) -> int:

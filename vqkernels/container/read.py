@@ -1,31 +1,30 @@
 """Reading containers, all of a file or one matrix at a time.
 
-Reading goes through the safetensors library, which bounds every offset by the file's size; then
+The header is read by the safetensors library, which bounds every offset by the file's size; then
 shapes, checksums, ranges and NaN are checked, in that order, before a tensor is handed out.
 """
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
+from torch import Tensor
 
 from vqkernels.container.checksums import decoded_sha256, sha256
-from vqkernels.container.manifest import ContainerInfo, TensorInfo, from_header, located
-from vqkernels.container.stored import DTYPES, stored_table, unpack
-from vqkernels.errors import ContainerError, VqError
-from vqkernels.parts import Part, check_shape
+from vqkernels.container.codes import check_usage, restore_codes
+from vqkernels.container.headers import AGAIN, StoredTensor, checked_header
+from vqkernels.container.manifest import ContainerInfo, TensorInfo, located
+from vqkernels.container.mapped import MappedFile
+from vqkernels.errors import ContainerError
 from vqkernels.source import TensorSource
 from vqkernels.tensor import QuantizedTensor
 
 __all__ = ["Container", "describe", "load", "open_container"]
-
-_AGAIN = "copy it again from its source, or quantise again"
 
 
 class Container(TensorSource):
@@ -35,13 +34,17 @@ class Container(TensorSource):
     meanwhile (as `save` does) stays readable here as it was.
     """
 
-    def __init__(self, path: Path, file: Any, info: ContainerInfo) -> None:
+    def __init__(
+        self, path: Path, file: MappedFile, info: ContainerInfo, stored: Mapping[str, StoredTensor]
+    ) -> None:
         self.path, self.info = path, info
-        self._file = file
+        self._file, self._stored = file, stored
         self._outlines = {tensor.name: tensor for tensor in info.tensors}
 
     def __getitem__(self, name: str) -> QuantizedTensor:
-        return self._read(self._outlines[name])
+        info = self._outlines[name]
+        with located(self.path), _explained(self.path):
+            return self._restored(info, self._parts(info))
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._outlines)
@@ -58,14 +61,16 @@ class Container(TensorSource):
         return self._outlines[name]
 
     def verify(self, name: str) -> QuantizedTensor:
-        """Matrix `name`, its dequantised values checked too: as long as dequantising takes.
+        """Matrix `name`, its usage and its dequantised values checked too.
 
-        Raises ContainerError and TensorError as a lookup does, and KeyError.
+        It takes as long as dequantising does. Raises ContainerError and TensorError as a lookup
+        does, and KeyError.
         """
-        info = self._outlines[name]
-        tensor = self._read(info)
-        with located(self.path):
-            where = f"tensor {name!r}"
+        info, where = self._outlines[name], f"tensor {name!r}"
+        with located(self.path), _explained(self.path):
+            parts = self._parts(info)
+            tensor = self._restored(info, parts)
+            check_usage(parts, tensor.parts["codes"], where)
             if decoded_sha256(tensor, where) != info.decoded_checksum:
                 raise ContainerError(
                     f"{where}: the dequantised values don't match their checksum; "
@@ -73,20 +78,46 @@ class Container(TensorSource):
                 )
         return tensor
 
-    def _read(self, info: TensorInfo) -> QuantizedTensor:
-        where = f"tensor {info.name!r}"
+    def usage(self, name: str) -> dict[int, Tensor]:
+        """How often each entry of a stage is used, int64 `[entries]`, for stages that store it.
+
+        Only that is read. Raises as a lookup does.
+        """
+        info = self._outlines[name]
+        stages = range(len(info.spec.stages))
         with located(self.path), _explained(self.path):
-            parts = {}
-            for part in info.table():
-                # a copy: what is checked here has to be what is used, and a mapped file may be
-                # changed under us, or truncated, which ends a process that touches it later
-                parts[part] = self._file.get_tensor(f"{info.name}/{part}").clone()
-                if sha256(parts[part]) != info.checksums[part]:
-                    raise ContainerError(f"{where}: {part} doesn't match its checksum; {_AGAIN}")
-            parts["codes"] = unpack(parts["codes"], info.spec, info.table()["codes"], where)
-            tensor = QuantizedTensor(info.spec, info.n, info.k, parts)
-            tensor.validate(where)
-            return tensor
+            found = {
+                s: self._part(info, part)
+                for s in stages
+                if (part := f"usage_{s}") in info.checksums
+            }
+        return {stage: counts.long() for stage, counts in found.items()}
+
+    def _parts(self, info: TensorInfo) -> dict[str, Tensor]:
+        return {part: self._part(info, part) for part in info.part_bytes}
+
+    def _part(self, info: TensorInfo, part: str) -> Tensor:
+        """A copy of a stored part, its checksum checked, and the zeros behind it."""
+        stored, where = self._stored[f"{info.name}/{part}"], f"tensor {info.name!r}"
+        place = stored.place
+        value = self._file.tensor(place.offset, stored.shape, stored.dtype)
+        if sha256(value) != info.checksums[part]:
+            raise ContainerError(f"{where}: {part} doesn't match its checksum; {AGAIN}")
+        if place.pad:
+            behind = self._file.tensor(place.offset + place.nbytes, [place.pad_nbytes], torch.uint8)
+            if bool(behind.any()):
+                raise ContainerError(
+                    f"{where}: {place.pad!r}, behind {part}, holds more than zeros; {AGAIN}"
+                )
+        return value
+
+    def _restored(self, info: TensorInfo, parts: Mapping[str, Tensor]) -> QuantizedTensor:
+        where = f"tensor {info.name!r}"
+        codes = restore_codes(parts, info, where)
+        found = {part: codes if part == "codes" else parts[part] for part in info.table()}
+        tensor = QuantizedTensor(info.spec, info.n, info.k, found)
+        tensor.validate(where)
+        return tensor
 
 
 def open_container(path: str | os.PathLike[str]) -> Container:
@@ -99,8 +130,12 @@ def open_container(path: str | os.PathLike[str]) -> Container:
     path = Path(path)
     with located(path), _explained(path):
         _check_file(path)
-        file = safe_open(path, framework="pt")
-        return Container(path, file, _checked_info(file))
+        with path.open("rb") as opened:
+            header = safe_open(path, framework="pt")
+            if not os.path.samestat(os.fstat(opened.fileno()), path.stat()):
+                raise ContainerError("was replaced while it was opened; open it again")
+            file = MappedFile(opened)
+        return Container(path, file, *checked_header(header, len(file)))
 
 
 def load(
@@ -135,7 +170,7 @@ def _explained(path: Path) -> Iterator[None]:
         reason = error.strerror or str(error)
         raise ContainerError(f"can't be read ({reason}); check the path and its mode") from error
     except SafetensorError as error:
-        raise ContainerError(f"{_kind(path)} ({_one_line(error)}); {_AGAIN}") from error
+        raise ContainerError(f"{_kind(path)} ({_one_line(error)}); {AGAIN}") from error
 
 
 def _check_file(path: Path) -> None:
@@ -157,43 +192,3 @@ def _kind(path: Path) -> str:
 
 def _one_line(error: Exception) -> str:
     return str(error).splitlines()[0] if str(error) else type(error).__name__
-
-
-def _checked_info(file: Any) -> ContainerInfo:
-    """The file's description, once every tensor in its header has the shape and dtype it implies.
-
-    Shapes in the header are bounded by the file's size, so those of the description are too.
-    """
-    info = from_header(file.metadata())
-    present, expected = set(file.keys()), set()
-    described = []
-    for tensor in info.tensors:
-        where = f"tensor {tensor.name!r}"
-        try:
-            check_shape(tensor.spec, tensor.n, tensor.k)
-        except VqError as error:
-            raise ContainerError(f"{where}: {error}; {_AGAIN}") from error
-        table = stored_table(tensor)
-        if set(tensor.checksums) != set(table):
-            raise ContainerError(f"{where}: its parts don't go with its format; {_AGAIN}")
-        keys = {f"{tensor.name}/{part}": entry for part, entry in table.items()}
-        if absent := sorted(set(keys) - present):
-            raise ContainerError(f"{where}: {absent[0]!r} is missing; {_AGAIN}")
-        for key, entry in keys.items():
-            _check_header(file, key, entry, where)
-        expected |= set(keys)
-        size = sum(entry.numel * entry.dtype.itemsize for entry in table.values())
-        described.append(dataclasses.replace(tensor, stored_bytes=size))
-    if extra := sorted(present - expected):
-        raise ContainerError(f"{extra[0]!r} belongs to no tensor of the description; {_AGAIN}")
-    return dataclasses.replace(info, tensors=tuple(described))
-
-
-def _check_header(file: Any, key: str, entry: Part, where: str) -> None:
-    found = file.get_slice(key)
-    shape, dtype = tuple(found.get_shape()), str(found.get_dtype())
-    if shape != entry.shape or dtype != DTYPES[entry.dtype]:
-        raise ContainerError(
-            f"{where}: {key.rpartition('/')[2]} is {dtype} {list(shape)}, but the format needs "
-            f"{DTYPES[entry.dtype]} {list(entry.shape)}; {_AGAIN}"
-        )

@@ -3,26 +3,28 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-import vqkernels
 from vqkernels.atomic import write_atomically
-from vqkernels.container.checksums import decoded_sha256, raw_bytes, sha256
+from vqkernels.container.checksums import decoded_sha256, sha256
+from vqkernels.container.codes import store_codes
+from vqkernels.container.layout import lay_out
 from vqkernels.container.manifest import (
     CONTAINER_VERSION,
+    Coding,
     ContainerInfo,
     TensorInfo,
     check_name,
     located,
     to_header,
 )
-from vqkernels.container.stored import DTYPES, pack, stored_table
+from vqkernels.container.origin import Made, check_made, checked_provenance, frozen_made
+from vqkernels.container.stored import stored_table
 from vqkernels.errors import ContainerError
 from vqkernels.source import Outline
 from vqkernels.spec import SPEC_VERSION
@@ -44,88 +46,102 @@ def save(
     tensors: Mapping[str, QuantizedTensor],
     *,
     provenance: Mapping[str, str] | None = None,
+    made: Mapping[str, Made] | None = None,
+    usage: bool = True,
+    codes: Coding = "packed",
 ) -> None:
     """Write `tensors` to `path`, whole or not at all; a file already there is replaced.
 
-    `provenance` is kept as it is (date, seed, method, ...), with the vqbench version as
-    `creator`. Equal arguments give equal bytes. Raises TensorError for an invalid tensor and
-    ContainerError where the file can't be written; then nothing is left, and what was there is
-    untouched.
+    tensors: by name; each is looked up once, so a source that reads them lazily is read once.
+    provenance, made: of the file, and of some of its matrices, as `origin` says; the vqbench
+        version is added as `creator`.
+    usage: whether to store how often each entry is used.
+    codes: `ans` codes each stage by ANS where that makes the file smaller, and needs the package
+        constriction.
+
+    Equal arguments give equal bytes. Raises TensorError for an invalid tensor, ContainerError
+    where the file can't be written, and BackendError for `ans` without constriction; then nothing
+    is left, and what was there is untouched.
     """
     path = Path(path)
     with located(path):
         origin = checked_provenance(provenance)
         if not tensors:
             raise ContainerError("no tensors to save; name one at least")
-        # each looked up once: a lookup may read, check and unpack
-        matrices = [prepare(name, tensor) for name, tensor in tensors.items()]
+        made = dict(made or {})
+        if strange := sorted(set(made) - set(tensors)):
+            raise ContainerError(f"made is of {strange[0]!r}, which is no tensor; check the name")
+        matrices = [
+            prepare(name, tensor, made=made.get(name), usage=usage, codes=codes)
+            for name, tensor in tensors.items()
+        ]
         pieces = serialise(matrices, origin)
     write_atomically(path, pieces)
 
 
-def checked_provenance(provenance: Mapping[str, str] | None) -> dict[str, str]:
-    """`provenance` with its creator. Raises ContainerError where it is no text."""
-    origin = {"creator": f"vqbench {vqkernels.__version__}", **(provenance or {})}
-    if not all(isinstance(text, str) for item in origin.items() for text in item):
-        raise ContainerError("provenance holds something else than strings; use str()")
-    return origin
-
-
-def prepare(name: str, tensor: QuantizedTensor) -> Prepared:
-    """`tensor` checked, packed and summed. Raises TensorError and ContainerError."""
+def prepare(
+    name: str,
+    tensor: QuantizedTensor,
+    *,
+    made: Made | None = None,
+    usage: bool = True,
+    codes: Coding = "packed",
+) -> Prepared:
+    """`tensor` checked, coded and summed; options and errors as for `save`."""
     check_name(name)
     where = f"tensor {name!r}"
+    try:
+        check_made(made or {})
+    except ContainerError as error:
+        raise ContainerError(f"{where}: {error}; leave it out or correct it") from error
     tensor.validate(where)
     cpu = tensor.to("cpu")
     parts = {part: value.detach().contiguous() for part, value in cpu.parts.items()}
-    parts["codes"] = pack(parts["codes"], tensor.spec)
     outline = Outline(spec=tensor.spec, n=tensor.n, k=tensor.k, bias="bias" in parts)
-    table = stored_table(outline)
-    assert {part: tuple(parts[part].shape) for part in table} == {
-        part: entry.shape for part, entry in table.items()
-    }
+    coding, coded = store_codes(parts.pop("codes"), outline, usage=usage, ans=codes == "ans")
+    parts |= coded
     info = TensorInfo(
         name=name,
         spec=tensor.spec,
         n=tensor.n,
         k=tensor.k,
         bias=outline.bias,
-        checksums={part: sha256(parts[part]) for part in table},
+        coding=coding,
+        usage=usage,
+        made=frozen_made(made or {}),
+        checksums={},
         decoded_checksum=decoded_sha256(cpu, where),
+    )
+    table = stored_table(info)
+    for part, entry in table.items():
+        assert entry.fits(tuple(parts[part].shape), parts[part].dtype), (part, entry)
+    info = dataclasses.replace(
+        info,
+        checksums={part: sha256(parts[part]) for part in table},
+        part_bytes={part: parts[part].nbytes for part in table},
     )
     return Prepared(info, {part: parts[part] for part in table})
 
 
-def serialise(matrices: list[Prepared], provenance: Mapping[str, str]) -> list[bytes | memoryview]:
-    """The bytes of a safetensors file of `matrices`: its head, then its tensors.
+def serialise(
+    matrices: Sequence[Prepared],
+    provenance: Mapping[str, str],
+    extra: Mapping[str, Any] | None = None,
+) -> list[bytes | memoryview]:
+    """The bytes of a file of `matrices`, in pieces.
 
-    Not by the library's own writer: that one needs every byte in memory twice, orders its
-    metadata at random, and reports a full disk as text. Raises ContainerError where the
-    description is too long.
+    extra: more fields of the description. Raises ContainerError where that is too long.
     """
     info = ContainerInfo(
         version=CONTAINER_VERSION,
         spec_version=SPEC_VERSION,
         provenance=provenance,
         tensors=tuple(matrix.info for matrix in matrices),
+        extra=extra or {},
     )
     stored = {
         f"{matrix.info.name}/{part}": value
         for matrix in matrices
         for part, value in matrix.parts.items()
     }
-    # widest elements first, as the library does, so that each lies at a multiple of its width
-    keys = sorted(stored, key=lambda key: (-stored[key].element_size(), key))
-    content: dict[str, Any] = {"__metadata__": to_header(info)}
-    end = 0
-    for key in keys:
-        start, end = end, end + stored[key].nbytes
-        content[key] = {
-            "dtype": DTYPES[stored[key].dtype],
-            "shape": list(stored[key].shape),
-            "data_offsets": [start, end],
-        }
-    # unescaped, for in \u00e9 a flipped bit can go unseen (\u00E9 is the same letter)
-    text = json.dumps(content, separators=(",", ":"), ensure_ascii=False).encode("utf-8")
-    text += b" " * (-len(text) % 8)
-    return [len(text).to_bytes(8, "little"), text, *(raw_bytes(stored[key]) for key in keys)]
+    return lay_out(to_header(info), stored)

@@ -25,13 +25,13 @@ from torch import Tensor
 from vqkernels.atomic import staged
 from vqkernels.container.checksums import raw_bytes
 from vqkernels.container.manifest import MAX_TEXT, located
+from vqkernels.container.origin import Made
 from vqkernels.errors import ContainerError
 from vqkernels.formats.description import (
     AGAIN,
     DescribedSource,
     DescribedTensor,
     Writer,
-    needed_bytes,
     parse,
     read_exactly,
     readable,
@@ -55,16 +55,22 @@ def save_npz(
     source: Mapping[str, QuantizedTensor],
     *,
     provenance: Mapping[str, str] | None = None,
+    made: Mapping[str, Made] | None = None,
 ) -> None:
     """Write the matrices of `source` to `path`, whole or not at all; a file there is replaced.
 
-    One matrix at a time is in memory. Equal arguments give equal bytes. Raises TensorError for an
-    invalid tensor, and ContainerError where the file can't be written.
+    One matrix at a time is in memory. `provenance` and `made` are as for a container. Equal
+    arguments give equal bytes. Raises TensorError for an invalid tensor, and ContainerError where
+    the file can't be written.
     """
     path = Path(path)
     with located(path):
-        need, writer = needed_bytes(source), Writer(KIND, provenance)
-    with staged(path, need=need) as made, zipfile.ZipFile(made, "x") as archive, located(path):
+        writer = Writer(KIND, source, provenance, made)
+    with (
+        staged(path, need=writer.need) as staging,
+        zipfile.ZipFile(staging, "x") as archive,
+        located(path),
+    ):
         for name in source:
             tensor = source[name]
             writer.begin(name, tensor)
@@ -138,10 +144,8 @@ def _unzipping() -> Iterator[None]:
 
 
 def _check_member(info: zipfile.ZipInfo, size: int) -> None:
-    if info.compress_type != zipfile.ZIP_STORED or info.flag_bits & 1:
-        raise ContainerError(
-            f"{info.filename!r} is compressed or encrypted; save it with numpy.savez"
-        )
+    if info.compress_type != zipfile.ZIP_STORED:
+        raise ContainerError(f"{info.filename!r} is compressed; save it with numpy.savez")
     if info.file_size != info.compress_size or info.file_size > size:
         raise ContainerError(f"{info.filename!r} claims {info.file_size:,} bytes; {AGAIN}")
 
@@ -166,7 +170,7 @@ def _check_members(
     expected = {f"{_KEY}.npy"}
     for tensor in tensors:
         where = f"tensor {tensor.name!r}"
-        for part, entry in tensor.outline.table().items():
+        for part, entry in tensor.table().items():
             key = f"{tensor.name}/{part}.npy"
             if key not in members:
                 raise ContainerError(f"{where}: {part} is missing; {AGAIN}")
@@ -184,17 +188,14 @@ def _check_members(
 def _array(file: IO[bytes], entry: Part) -> Tensor:
     start = file.read(_HEAD)
     _check_header(start + file.read(int.from_bytes(start[8:], "little")), entry.dtype, entry.shape)
-    value = read_exactly(file, entry)
-    file.read(1)  # the archive compares its checksum where the array ends
-    return value
+    return read_exactly(file, entry)
 
 
 def _check_header(found: bytes, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
     # numpy's header is a Python dict, always spelled alike but for spaces at its end: compared,
     # nothing of it needs to be evaluated
     expected = _header(dtype, shape)
-    same_start = found[:8] == expected[:8]
-    if not same_start or found[_HEAD:].rstrip() != expected[_HEAD:].rstrip():
+    if found[_HEAD:].rstrip() != expected[_HEAD:].rstrip():
         said = ascii(found[_HEAD:150].decode("latin-1").strip())
         raise ContainerError(
             f"has the header {said}, but the format needs {dtype} {list(shape)} in C order; {AGAIN}"

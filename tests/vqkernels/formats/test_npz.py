@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import resource
+import shutil
 import tempfile
 import zipfile
 from collections.abc import Callable, Iterator
@@ -20,12 +21,13 @@ from tests.vqkernels.formats.damage import (
     NAMES,
     SPEC,
     assert_same,
+    assert_tells,
     redescribed,
     small,
 )
 from vqkernels.errors import ContainerError, TensorError, VqError
+from vqkernels.formats import description, npz, open_source
 from vqkernels.formats.npz import NpzSource, save_npz
-from vqkernels.source import outline_of
 from vqkernels.tensor import QuantizedTensor, random_tensor
 
 Arrays = dict[str, Any]
@@ -62,7 +64,7 @@ def test_any_format_survives(tensors: list[QuantizedTensor]) -> None:
         assert list(found) == list(saved)
         assert len(found) == len(saved)
         for name, tensor in saved.items():
-            assert found.outline(name) == outline_of(saved, name)
+            assert_tells(found.outline(name), tensor)
             assert_same(found[name], tensor)
 
 
@@ -110,6 +112,22 @@ def test_equal_tensors_give_equal_bytes(path: Path, tmp_path: Path) -> None:
     assert (tmp_path / "y.npz").read_bytes() == path.read_bytes()
 
 
+def test_how_a_matrix_was_made_is_kept(path: Path) -> None:
+    made = {"method": "rq", "seed": 3, "clip": [-1.5, 2.0]}
+    save_npz(path, {"a": small(), "b": small()}, made={"a": made})
+    found = NpzSource(path)
+    assert found.outline("a").made == {**made, "clip": (-1.5, 2.0)}
+    assert found.outline("b").made == {}
+    with pytest.raises(ContainerError, match=r"x\.npz: tensor 'a': made: .*; leave it out or"):
+        save_npz(path, {"a": small()}, made={"a": {"seed": 1.5}})
+    with pytest.raises(ContainerError, match=r"x\.npz: made is of 'c', which is no tensor"):
+        save_npz(path, {"a": small()}, made={"c": made})
+
+
+def test_it_is_found_by_its_name(path: Path) -> None:
+    assert isinstance(open_source(path), NpzSource)
+
+
 def test_an_unknown_name_is_a_key_error(path: Path) -> None:
     assert "other" not in NpzSource(path)
     with pytest.raises(KeyError):
@@ -148,6 +166,18 @@ def test_nothing_is_left_of_what_fails(path: Path) -> None:
         save_npz(path, {"a": small()}, provenance={"seed": 1})  # type: ignore[dict-item]
     assert path.read_bytes() == before
     assert list(path.parent.iterdir()) == [path]
+
+
+def test_what_there_is_no_room_for(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = path.read_bytes()
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(9, 9, 9))
+        with pytest.raises(ContainerError, match=r"x\.npz: needs \d+ bytes, but its disk has 9"):
+            save_npz(path, {"layer": small()})
+    monkeypatch.setattr(description, "MAX_TEXT", 100)
+    with pytest.raises(ContainerError, match=r"x\.npz: the description takes .* of at most 100;"):
+        save_npz(path, {"layer": small()})
+    assert path.read_bytes() == before
 
 
 def test_a_write_that_the_system_cuts_short(path: Path) -> None:
@@ -316,7 +346,7 @@ def test_a_description_changed_without_its_checksum(path: Path) -> None:
 
 def test_compressed_arrays_are_refused_before_they_are_read(path: Path) -> None:
     np.savez_compressed(path, **arrays_of(path))
-    refused(path, "is compressed or encrypted; save it with numpy.savez")
+    refused(path, "is compressed; save it with numpy.savez")
 
 
 def test_a_file_that_claims_more_than_it_has(path: Path) -> None:
@@ -327,6 +357,11 @@ def test_a_file_that_claims_more_than_it_has(path: Path) -> None:
         content[entry + at : entry + at + 4] = (1 << 31).to_bytes(4, "little")
     path.write_bytes(content)
     refused(path, "'layer/codes.npy' claims 2,147,483,648 bytes")
+
+
+def test_a_description_that_is_too_long(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(npz, "MAX_TEXT", 100)
+    refused(path, r"a description of \d,\d+ bytes; copy")
 
 
 def test_what_is_no_npz_file(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,21 +21,21 @@ from tests.vqkernels.formats.damage import (
     NAMES,
     SPEC,
     assert_same,
+    assert_tells,
     redescribed,
     small,
 )
 from vqkernels.errors import ContainerError, TensorError, VqError
-from vqkernels.formats import plain
+from vqkernels.formats import open_source, plain
 from vqkernels.formats.plain import PlainSource, save_plain
 from vqkernels.presets import PRESETS
-from vqkernels.source import outline_of
 from vqkernels.tensor import QuantizedTensor, random_tensor
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     folder = tmp_path / "set"
-    save_plain(folder, {"layer": small()}, provenance={"note": "ä"})
+    save_plain(folder, {"layer": small()}, provenance={"note": "ä"}, made={"layer": {"seed": 1}})
     return folder
 
 
@@ -56,7 +57,7 @@ def test_any_format_survives(tensors: list[QuantizedTensor]) -> None:
         found = PlainSource(folder)
         assert list(found) == list(saved)
         for name, tensor in saved.items():
-            assert found.outline(name) == outline_of(saved, name)
+            assert_tells(found.outline(name), tensor)
             assert_same(found[name], tensor)
 
 
@@ -64,8 +65,14 @@ def test_the_index_leads_to_the_set_as_well(folder: Path) -> None:
     found = PlainSource(folder / "layers.json")
     assert_same(found["layer"], small())
     assert found.provenance["note"] == "ä"
+    assert found.outline("layer").made == {"seed": 1}
     with pytest.raises(KeyError):
         found["other"]
+
+
+def test_it_is_found_by_its_index(folder: Path) -> None:
+    assert isinstance(open_source(folder), PlainSource)
+    assert isinstance(open_source(folder / "layers.json"), PlainSource)
 
 
 def test_a_reader_without_any_library(tmp_path: Path) -> None:
@@ -126,6 +133,11 @@ def test_a_short_name_can_be_had_back(name: str) -> None:
         assert unquote(file.removesuffix(".idx.bin")) == name
 
 
+def test_a_name_with_a_percent_sign_is_told_from_what_it_would_mean() -> None:
+    files = [plain.file_name(name, "codes", 1) for name in ("%2e", ".", "%252e")]
+    assert files == ["%252e.idx.bin", "%2e.idx.bin", "%25252e.idx.bin"]
+
+
 def test_a_long_name_is_cut_and_told_apart() -> None:
     first, second = (plain.file_name("x" * 1023 + end, "outlier_codebook", 1) for end in "ab")
     assert first != second
@@ -174,6 +186,12 @@ def test_nothing_is_left_of_what_fails(folder: Path) -> None:
         save_plain(folder.parent / "none/set", {"a": small()})
     assert_same(PlainSource(folder)["layer"], small())
     assert {path.name for path in folder.parent.iterdir()} == {"set", "file"}
+
+
+def test_what_there_is_no_room_for(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(9, 9, 9))
+    with pytest.raises(ContainerError, match=r"set: needs \d+ bytes, but its disk has 9"):
+        save_plain(folder, {"layer": small()})
 
 
 def test_a_set_whose_writing_was_cut_short_is_none(folder: Path) -> None:

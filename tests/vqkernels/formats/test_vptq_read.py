@@ -339,7 +339,10 @@ def refusal(folder: Path, *, remove: str = "", **changes: Any) -> str:
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"remove": "enable_norm"}, "field 'enable_norm' is missing; add it"),
+        (
+            {"remove": "enable_norm"},
+            "field 'enable_norm' is missing; correct it, or quantise again",
+        ),
         ({"indices_sign": True}, "field 'indices_sign' is unknown"),
         ({"vector_quant_dim": "in"}, 'vector_quant_dim is not "out"'),
         ({"in_features": "40"}, "in_features must be a whole number up to"),

@@ -14,10 +14,9 @@ import json
 import random
 import sys
 import types
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import pytest
 import torch
@@ -39,22 +38,33 @@ class Upstream:
 @functools.cache
 def upstream() -> Upstream:
     """The wheel, or a skipped test where there is none for this Python."""
-    stubs: dict[str, Any] = {
-        name: types.ModuleType(name)
-        for name in ("accelerate", "huggingface_hub", "sentence_transformers", "transformers")
-    }
-    nested = "sentence_transformers.SentenceTransformer"
-    stubs[nested] = types.ModuleType(nested)
-    stubs[nested].SentenceTransformer = type("SentenceTransformer", (), {})
-    stubs["transformers"].AutoModelForCausalLM = type("AutoModelForCausalLM", (), {})
     # what it prints: that it found no CUDA kernels
-    with mock.patch.dict(sys.modules, stubs), contextlib.redirect_stdout(io.StringIO()):
+    with _stand_ins(), contextlib.redirect_stdout(io.StringIO()):
         pytest.importorskip("vptq")
         gemm, pack = sys.modules["vptq.ops.quant_gemm"], sys.modules["vptq.utils.pack"]
         layer = sys.modules["vptq.layers.vqlinear"].VQuantLinear
     # on a machine with a GPU too, the torch path is the reference
     gemm.__dict__["__cuda_ops_installed"] = False
     return Upstream(layer, gemm.dequant, pack.pack_index)
+
+
+@contextlib.contextmanager
+def _stand_ins() -> Iterator[None]:
+    """Empty modules for what the wheel imports and its layers don't use."""
+    names = ("accelerate", "huggingface_hub", "sentence_transformers", "transformers")
+    stubs: dict[str, Any] = {name: types.ModuleType(name) for name in names}
+    nested = "sentence_transformers.SentenceTransformer"
+    stubs[nested] = types.ModuleType(nested)
+    stubs[nested].SentenceTransformer = type("SentenceTransformer", (), {})
+    stubs["transformers"].AutoModelForCausalLM = type("AutoModelForCausalLM", (), {})
+    real = {name: sys.modules.pop(name) for name in stubs if name in sys.modules}
+    sys.modules.update(stubs)
+    try:
+        yield
+    finally:
+        for name in stubs:
+            del sys.modules[name]
+        sys.modules.update(real)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -136,11 +136,12 @@ class Layer:
             bias=outline.bias,
         )
         layer.check()
-        mine, theirs = spec.to_dict(), layer.outline(dtype, bias=outline.bias).spec.to_dict()
-        for field, value in mine.items():
-            if value != theirs[field]:
+        held = layer.outline(dtype, bias=outline.bias).spec
+        for field in dataclasses.fields(CodebookSpec):
+            asked, has = getattr(spec, field.name), getattr(held, field.name)
+            if asked != has:
                 raise UnsupportedError(
-                    f"{field} is {value!r}, but a VPTQ layer like it has {theirs[field]!r}"
+                    f"{field.name} is {asked!r}, but a VPTQ layer like it has {has!r}"
                 )
         if packed and layer.permuted and layer.in_features > MAX_ENTRIES:
             raise UnsupportedError(
@@ -159,8 +160,8 @@ class Layer:
         if self.packed and self.residual_entries > self.entries:
             raise UnsupportedError(
                 f"{self.residual_entries} residual entries for {self.entries} main ones, packed: "
-                f"the upstream reads no more bits of a residual code than of a main one; "
-                f"store the codes unpacked (is_indice_packed false)"
+                f"the upstream reads no more bits of a residual code than of a main one, unless "
+                f"the codes are unpacked"
             )
         self._check_outliers()
         if self.groups * self.group_size + self.outliers != self.in_features:
@@ -172,14 +173,12 @@ class Layer:
     def _check_outliers(self) -> None:
         length, entries = self.outlier_vector_length, self.outlier_entries
         if not self.outliers and (length or entries):
-            raise SpecError(
-                "vector_lens and num_centroids name outliers, but outlier_size is 0; set both to -1"
-            )
+            raise SpecError("vector_lens and num_centroids name outliers, but outlier_size is 0")
         if self.outliers and not (length > 1 and 1 <= entries <= MAX_ENTRIES):
             raise UnsupportedError(
                 f"{self.outliers} outlier columns of {entries} entries in vectors of {length}: the "
-                f"upstream drops outliers whose vectors are shorter than 2; use 2 or more, and 1 "
-                f"to {MAX_ENTRIES} entries"
+                f"upstream drops outliers in vectors shorter than 2 or without entries, and a "
+                f"code counts to {MAX_ENTRIES}"
             )
 
     @property
@@ -266,11 +265,10 @@ class Layer:
 def _check_fields(config: Mapping[str, Any]) -> None:
     if missing := [field for field in _REQUIRED if field not in config]:
         # no defaults: vptq's and transformers' differ (enable_norm is off in one, on in the other)
-        raise SpecError(f"field {missing[0]!r} is missing; add it")
+        raise SpecError(f"field {missing[0]!r} is missing")
     if unknown := sorted(set(config) - set(_REQUIRED) - set(_OPTIONAL)):
         raise UnsupportedError(
-            f"field {unknown[0]!r} is unknown, and could change what the codes mean; "
-            f"remove it if it doesn't"
+            f"field {unknown[0]!r} is unknown, and could change what the codes mean"
         )
     if config.get("vector_quant_dim", _ALONG) != _ALONG:
         raise UnsupportedError('vector_quant_dim is not "out", which is all that VPTQ implements')

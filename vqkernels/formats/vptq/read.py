@@ -19,7 +19,7 @@ from vqkernels.tensor import QuantizedTensor
 
 __all__ = ["VptqSource", "dequantize"]
 
-_PIECE = 1 << 24  # code bits unpacked at once, a byte each
+_PIECE = 1 << 24  # code bits unpacked at once
 
 _AGAIN = "copy or download the checkpoint again"
 
@@ -243,7 +243,7 @@ def _located(where: str) -> Iterator[None]:
     try:
         yield
     except SpecError as error:
-        raise type(error)(f"{where}: {error}") from error
+        raise type(error)(f"{where}: {error}; correct it, or quantise again") from error
 
 
 def _keys_by_module(checkpoint: Checkpoint) -> dict[str, frozenset[str]]:

@@ -11,12 +11,13 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 import vqkernels
 from tests.strategies import quantized_tensors
+from tests.vqkernels.container.crafted import parts_of, raw
 from vqkernels import container
-from vqkernels.container import checksums, read, stored
+from vqkernels.container import checksums, codes, read
 from vqkernels.errors import ContainerError, TensorError, VqError
 from vqkernels.presets import PRESETS
 from vqkernels.spec import SPEC_VERSION, CodebookSpec
@@ -36,10 +37,6 @@ SHAPES = {
 def preset_tensor(name: str, **options: Any) -> QuantizedTensor:
     n, k = SHAPES.get(name, (256, 128))
     return random_tensor(PRESETS[name], n, k, **options)
-
-
-def raw(tensor: torch.Tensor) -> bytes:
-    return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
 
 
 def assert_same(loaded: QuantizedTensor, saved: QuantizedTensor) -> None:
@@ -89,7 +86,7 @@ def test_large_codes_are_packed_piece_by_piece(
     tensor = random_tensor(spec, 37, 100 * 8)
     container.save(path, {"layer": tensor})
     whole = path.read_bytes()
-    for module in (stored, checksums):  # some rows of codes, or of weights, at once
+    for module in (codes, checksums):  # some rows of codes, or of weights, at once
         monkeypatch.setattr(module, "_PIECE", 5000)
     container.save(path, {"layer": tensor})
     assert path.read_bytes() == whole
@@ -184,7 +181,7 @@ def test_codes_are_a_bitstream_in_the_order_of_traversal(traversal: Any, path: P
     spec = CodebookSpec(vector_length=2, stages=(9, 300), traversal=traversal)
     tensor = random_tensor(spec, 20, 34)
     container.save(path, {"layer": tensor})
-    words = load_file(path)["layer/codes"]
+    words = parts_of(path)["layer/codes"]
     assert words.dtype == torch.int32
     codes = tensor.parts["codes"].tolist()
     rows = codes if traversal == "row" else list(zip(*codes, strict=True))
@@ -200,8 +197,9 @@ def test_codes_are_a_bitstream_in_the_order_of_traversal(traversal: Any, path: P
 def test_other_parts_are_stored_as_they_are(path: Path) -> None:
     tensor = preset_tensor("opq-m8", bias=True)
     container.save(path, {"block.0/q_proj": tensor})
-    stored = load_file(path)
-    assert set(stored) == {f"block.0/q_proj/{part}" for part in tensor.parts}
+    stored = parts_of(path)
+    parts = set(tensor.parts) | {"usage_0"}
+    assert set(stored) == {f"block.0/q_proj/{part}" for part in parts}
     for part in set(tensor.parts) - {"codes"}:
         assert torch.equal(stored[f"block.0/q_proj/{part}"], tensor.parts[part])
 
@@ -229,8 +227,10 @@ def test_a_description_needs_no_data(path: Path) -> None:
         assert (entry.spec, entry.n, entry.k) == (tensor.spec, tensor.n, tensor.k)
         assert entry.bias == ("bias" in tensor.parts)
         assert entry.bits == tensor.bits
-    # 256 x 16 vectors of 2 bytes; two codebooks of 256 x 8 in fp16; fp16 scales, an fp32 bias
-    assert info.tensors[0].stored_bytes == 256 * 16 * 2 + 2 * 256 * 8 * 2 + 256 * 2 + 256 * 4
+    # 256 x 16 vectors of 2 bytes; two codebooks of 256 x 8 in fp16, and how often each entry is
+    # used, in a byte; fp16 scales, an fp32 bias
+    parts = (256 * 16 * 2, 2 * 256 * 8 * 2, 2 * 256, 256 * 2, 256 * 4)
+    assert info.tensors[0].stored_bytes == sum(parts)
 
 
 def test_checksums_are_of_stored_and_of_dequantised_bytes(path: Path) -> None:
@@ -247,9 +247,11 @@ def test_checksums_are_of_stored_and_of_dequantised_bytes(path: Path) -> None:
     tensor = random_tensor(spec, 20, 30)
     container.save(path, {"layer": tensor})
     entry = container.describe(path).tensors[0]
-    stored = load_file(path)
+    stored = parts_of(path)
+    assert set(tensor.parts) < set(entry.checksums)
     assert entry.checksums == {
-        part: hashlib.sha256(raw(stored[f"layer/{part}"])).hexdigest() for part in tensor.parts
+        key.removeprefix("layer/"): hashlib.sha256(raw(value)).hexdigest()
+        for key, value in stored.items()
     }
     weight = tensor.stored_weight().numpy().astype("<f4")
     assert weight.dtype == np.float32
