@@ -159,7 +159,7 @@ def _keys_by_module(checkpoint: Checkpoint) -> dict[str, set[str]]:
     return {
         name: keys
         for name, keys in modules.items()
-        if name and not keys.isdisjoint((f"{name}.codes", f"{name}.codebooks"))
+        if not keys.isdisjoint((f"{name}.codes", f"{name}.codebooks"))
     }
 
 
