@@ -15,7 +15,6 @@ from typing import Any, Literal, Protocol, runtime_checkable
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from torch import Tensor
 
 from vqkernels import container
 from vqkernels.atomic import staged
@@ -33,7 +32,6 @@ from vqkernels.tensor import QuantizedTensor
 
 __all__ = [
     "SHARD_BYTES",
-    "Dense",
     "Imported",
     "Kind",
     "Layout",
@@ -69,25 +67,6 @@ class Imported(Protocol):
     checkpoint: Checkpoint
 
     def dense_keys(self) -> list[str]: ...  # noqa: D102  # as there
-
-
-class Dense(Mapping[str, Tensor]):
-    """The tensors of a checkpoint that belong to no quantised module, each read when looked up."""
-
-    def __init__(self, source: Imported) -> None:
-        self._checkpoint = source.checkpoint
-        self._keys = dict.fromkeys(source.dense_keys())
-
-    def __getitem__(self, key: str) -> Tensor:
-        if key not in self._keys:
-            raise KeyError(key)
-        return self._checkpoint.read(key)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._keys)
-
-    def __len__(self) -> int:
-        return len(self._keys)
 
 
 class View(TensorSource):
@@ -313,7 +292,8 @@ def _write_checkpoint(path: Path, view: View, layout: Layout, _: Mapping[str, st
     export = vptq.export if layout.kind == "vptq" else aqlm.export
     model: dict[str, Any] = {}
     if isinstance(view.source, Imported):
-        model = {"config": view.source.checkpoint.config, "dense": Dense(view.source)}
+        source = view.source.checkpoint
+        model = {"config": source.config, "dense": source.tensors(view.source.dense_keys())}
     export(path, view, **model, shard_bytes=layout.shard_bytes)
 
 

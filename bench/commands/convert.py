@@ -10,7 +10,6 @@ import click
 
 from bench.conversion import (
     SHARD_BYTES,
-    Dense,
     Imported,
     Kind,
     Layout,
@@ -117,7 +116,7 @@ def command(
         sys.exit(130)
     _report(view, before, after)
     if isinstance(opened, Imported) and layout.kind not in ("vptq", "aqlm"):
-        dense = len(Dense(opened))
+        dense = len(opened.dense_keys())
         click.echo(
             f"left out {dense} tensors that aren't quantised (`vqbench import` keeps them)",
             err=True,
