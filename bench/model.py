@@ -8,8 +8,8 @@ from pathlib import Path
 
 from bench.selection import Selection
 from bench.workload import STORED, Layer, Workload
-from vqkernels.formats import open_source
 from vqkernels.errors import ContainerError
+from vqkernels.formats import open_source
 from vqkernels.source import outline_of
 
 __all__ = ["model_selection", "model_workload"]

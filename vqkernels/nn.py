@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from vqkernels import heap
-from vqkernels.formats import open_source
 from vqkernels.dispatch import apply_parts, spec_text
 from vqkernels.errors import TensorError
+from vqkernels.formats import open_source
 from vqkernels.fuse import fuse
 from vqkernels.parts import check_shape, part_table
 from vqkernels.source import outline_of
