@@ -1,4 +1,4 @@
-"""Others' checkpoint formats: quantised matrices read from their folders and written back."""
+"""Quantised matrices in other files than containers: others' checkpoints, arrays, plain files."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from vqkernels.container import open_container
 from vqkernels.errors import ContainerError
 from vqkernels.formats.aqlm import AqlmSource
 from vqkernels.formats.checkpoint import CONFIG, Checkpoint
+from vqkernels.formats.npz import NpzSource
+from vqkernels.formats.plain import INDEX, PlainSource
 from vqkernels.formats.vptq import VptqSource
 from vqkernels.source import TensorSource
 
@@ -22,11 +24,16 @@ _BY_METHOD: dict[str, Callable[[Checkpoint], TensorSource]] = {
 
 
 def open_source(path: str | os.PathLike[str]) -> TensorSource:
-    """The quantised matrices at `path`: a container, or a checkpoint's folder (with config.json).
+    """The quantised matrices at `path`: a container, a checkpoint's folder (with config.json), an
+    .npz file or a folder of plain files (with layers.json).
 
-    Raises ContainerError where it is neither, or a checkpoint of another method.
+    Raises ContainerError where it is none of them, or a checkpoint of another method.
     """
     path = Path(path)
+    if path.suffix == ".npz":
+        return NpzSource(path)
+    if path.name == INDEX or (path / INDEX).exists():
+        return PlainSource(path)
     if not (path / CONFIG).exists():
         return open_container(path)
     checkpoint = Checkpoint(path)

@@ -19,7 +19,7 @@ from vqkernels.tensor import QuantizedTensor
 
 __all__ = ["VptqSource", "dequantize"]
 
-_PIECE = 1 << 24  # code bits unpacked at once, a byte each
+_PIECE = 1 << 24  # code bits unpacked at once
 
 _AGAIN = "copy or download the checkpoint again"
 
