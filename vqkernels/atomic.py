@@ -13,7 +13,7 @@ from pathlib import Path
 
 from vqkernels.errors import ContainerError
 
-__all__ = ["locked", "write_atomically"]
+__all__ = ["explained", "locked", "sync_folder", "write_atomically", "write_through"]
 
 _SPACE = "free some space or choose another disk"
 _FOLDER = "make the folder first"
@@ -58,35 +58,52 @@ def write_atomically(path: Path, pieces: Sequence[bytes | memoryview]) -> None:
     what was at `path` is untouched.
     """
     temporary = path.parent / f".vqbench-{uuid.uuid4().hex}.tmp"
-    need = sum(memoryview(piece).nbytes for piece in pieces)
     try:
-        have = shutil.disk_usage(path.parent).free
-        if need > have:
-            raise ContainerError(
-                f"{path}: needs {need:,} bytes, but its disk has {have:,} left; {_SPACE}"
-            )
-        with temporary.open("xb") as file:
-            for piece in pieces:
-                file.write(piece)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except OSError as error:
-        hint = _HINTS.get(error.errno or 0, "check the disk, or choose another one")
-        reason = error.strerror or str(error)
-        raise ContainerError(
-            f"{path}: can't be written ({reason}, {need:,} bytes); {hint}"
-        ) from error
+        write_through(temporary, pieces, named=path)
+        with explained(path):
+            temporary.replace(path)
     finally:
         # after the rename nothing has this name any more
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
-    _sync_folder(path.parent)
+    sync_folder(path.parent)
 
 
-def _sync_folder(folder: Path) -> None:
-    # The file is whole already; this makes its name outlast a power cut, where the file system
-    # can do that (some network ones refuse).
+def write_through(path: Path, pieces: Sequence[bytes | memoryview], *, named: Path) -> None:
+    """Write `pieces` to a new file at `path` and wait until they are on the disk.
+
+    Raises ContainerError, which speaks of `named`; then part of the file may be left.
+    """
+    need = sum(memoryview(piece).nbytes for piece in pieces)
+    with explained(named, need):
+        have = shutil.disk_usage(path.parent).free
+        if need > have:
+            raise ContainerError(
+                f"{named}: needs {need:,} bytes, but its disk has {have:,} left; {_SPACE}"
+            )
+        with path.open("xb") as file:
+            for piece in pieces:
+                file.write(piece)
+            file.flush()
+            os.fsync(file.fileno())
+
+
+@contextlib.contextmanager
+def explained(path: Path, need: int = 0) -> Iterator[None]:
+    """What the system raises where `path` is written, as a ContainerError with a fix."""
+    try:
+        yield
+    except OSError as error:
+        hint = _HINTS.get(error.errno or 0, "check the disk, or choose another one")
+        reason = error.strerror or str(error)
+        raise ContainerError(
+            f"{path}: can't be written ({reason}{f', {need:,} bytes' if need else ''}); {hint}"
+        ) from error
+
+
+def sync_folder(folder: Path) -> None:
+    """Make the names in `folder` outlast a power cut, where the file system can do that."""
+    # some network ones refuse; files themselves are whole already
     with contextlib.suppress(OSError):
         descriptor = os.open(folder, os.O_RDONLY)
         try:
