@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
 import torch
+
+from vqkernels import heap
 
 __all__ = ["SLACK", "kept_by", "peak_during", "resident_peak"]
 
@@ -32,7 +33,7 @@ def peak_during(call: Callable[[], None], place: str) -> int | None:
         call()
         torch.cuda.synchronize(place)
         return int(torch.cuda.max_memory_allocated(place) - before)
-    _trim()
+    heap.release()
     try:
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
         before = _status_bytes("VmRSS")
@@ -66,18 +67,11 @@ def _in_use(place: str) -> int | None:
     if place.startswith("cuda"):
         torch.cuda.synchronize(place)
         return int(torch.cuda.memory_allocated(place))
-    _trim()
+    heap.release()
     try:
         return _status_bytes("VmRSS")
     except (OSError, ValueError, KeyError):
         return None
-
-
-def _trim() -> None:
-    """Give what was freed back to the system, where the allocator can be asked to."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        trim(0)
 
 
 def _status_bytes(field: str) -> int:

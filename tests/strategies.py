@@ -33,6 +33,8 @@ def fitting_specs(
         "permuted": draw(st.booleans()),
         **draw(_sides()),
     }
+    if fields["vector_axis"] == "in":
+        fields["vector_width"] = draw(st.sampled_from([1, 1, 2, 3]))
     n, main = draw(st.integers(1, max_side)), draw(st.integers(1, max_side))
     if draw(st.booleans()):
         rotation = fields["rotation_size"] = draw(st.integers(1, 6))
@@ -76,7 +78,8 @@ def _sharing(draw: st.DrawFn, fields: dict[str, Any]) -> dict[str, Any]:
     shared: dict[str, Any] = {"subspaces": draw(st.integers(1, 3)), "group_axis": axis}
     if axis != "tensor":
         along = {"in": "column", "out": "row"}[fields["vector_axis"]]
-        block = fields["vector_length"] * fields["stride"] if axis == along else 1
+        across = fields.get("vector_width", 1) if axis == "row" else 1
+        block = fields["vector_length"] * fields["stride"] if axis == along else across
         shared["group_size"] = block * draw(st.integers(1, 6))
     return shared
 

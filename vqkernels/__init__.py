@@ -15,6 +15,7 @@ from vqkernels.errors import (
     VqError,
 )
 from vqkernels.fuse import fuse
+from vqkernels.models import load_dense, without_weights
 from vqkernels.nn import FusedVQLinear, VQLinear, replace_linears
 from vqkernels.parts import BitCount, effective_bits
 from vqkernels.spec import CodebookSpec
@@ -35,10 +36,12 @@ __all__ = [
     "VqError",
     "effective_bits",
     "fuse",
+    "load_dense",
     "replace_linears",
     "select",
     "use_tables",
     "vq_linear",
+    "without_weights",
 ]
 
 __version__ = "0.1.0"

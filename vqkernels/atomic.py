@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all."""
+"""Files and folders that are written whole or not at all."""
 
 from __future__ import annotations
 
@@ -11,9 +11,16 @@ import uuid
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from vqkernels.errors import ContainerError
+from vqkernels.errors import ContainerError, VqError
 
-__all__ = ["explained", "locked", "sync_folder", "write_atomically", "write_through"]
+__all__ = [
+    "explained",
+    "locked",
+    "staged",
+    "sync_folder",
+    "write_atomically",
+    "write_through",
+]
 
 _SPACE = "free some space or choose another disk"
 _FOLDER = "make the folder first"
@@ -75,12 +82,8 @@ def write_through(path: Path, pieces: Sequence[bytes | memoryview], *, named: Pa
     Raises ContainerError, which speaks of `named`; then part of the file may be left.
     """
     need = sum(memoryview(piece).nbytes for piece in pieces)
-    with explained(named, need):
-        have = shutil.disk_usage(path.parent).free
-        if need > have:
-            raise ContainerError(
-                f"{named}: needs {need:,} bytes, but its disk has {have:,} left; {_SPACE}"
-            )
+    with explained(named, need=need):
+        _check_space(named, path.parent, need)
         with path.open("xb") as file:
             for piece in pieces:
                 file.write(piece)
@@ -89,21 +92,84 @@ def write_through(path: Path, pieces: Sequence[bytes | memoryview], *, named: Pa
 
 
 @contextlib.contextmanager
-def explained(path: Path, need: int = 0) -> Iterator[None]:
+def staged(path: Path, *, need: int = 0) -> Iterator[Path]:
+    """Where to write a file or a folder that gets the name `path` once the block has ended.
+
+    It lies in a temporary folder beside `path`. After the block its bytes are put on the disk,
+    and then it replaces the file or the folder at `path`. `need` bytes must be free. Raises
+    ContainerError where that fails; then, as after Ctrl-C, nothing is left behind and what was at
+    `path` is untouched.
+    """
+    temporary = path.parent / f".vqbench-{uuid.uuid4().hex}.tmp"
+    made = temporary / path.name
+    try:
+        with explained(path, need=need):
+            _check_space(path, path.parent, need)
+            temporary.mkdir()
+            yield made
+            _sync_tree(made)
+            if path.exists() and (path.is_dir() or made.is_dir()):
+                _exchange(made, path)
+            else:
+                made.replace(path)
+    except VqError as error:
+        # the reader knows nothing of the temporary name
+        raise type(error)(str(error).replace(str(made), str(path))) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    sync_folder(path.parent)
+
+
+def _exchange(made: Path, path: Path) -> None:
+    """Give `made` the name of `path`, which can't be replaced in one step as a file can."""
+    # beside the temporary folder, not in it: what is in there is deleted whatever happens
+    old = path.parent / f".vqbench-{uuid.uuid4().hex}.old"
+    try:
+        path.rename(old)
+        made.rename(path)
+    except BaseException:
+        if old.exists() and not path.exists():
+            old.rename(path)
+        raise
+    if old.is_dir() and not old.is_symlink():
+        shutil.rmtree(old, ignore_errors=True)
+    else:
+        old.unlink()
+
+
+def _sync_tree(top: Path) -> None:
+    paths = [top, *top.rglob("*")] if top.is_dir() else [top]
+    for path in paths:
+        if path.is_dir():
+            sync_folder(path)
+        else:
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+
+
+def _check_space(path: Path, folder: Path, need: int) -> None:
+    have = shutil.disk_usage(folder).free
+    if need > have:
+        raise ContainerError(
+            f"{path}: needs {need:,} bytes, but its disk has {have:,} left; {_SPACE}"
+        )
+
+
+@contextlib.contextmanager
+def explained(path: Path, *, need: int = 0) -> Iterator[None]:
     """What the system raises where `path` is written, as a ContainerError with a fix."""
     try:
         yield
     except OSError as error:
         hint = _HINTS.get(error.errno or 0, "check the disk, or choose another one")
-        reason = error.strerror or str(error)
-        raise ContainerError(
-            f"{path}: can't be written ({reason}{f', {need:,} bytes' if need else ''}); {hint}"
-        ) from error
+        size = f", {need:,} bytes" if need else ""
+        reason = error.strerror or error
+        raise ContainerError(f"{path}: can't be written ({reason}{size}); {hint}") from error
 
 
 def sync_folder(folder: Path) -> None:
     """Make the names in `folder` outlast a power cut, where the file system can do that."""
-    # some network ones refuse; files themselves are whole already
+    # some network ones refuse; the files themselves are whole already
     with contextlib.suppress(OSError):
         descriptor = os.open(folder, os.O_RDONLY)
         try:

@@ -97,6 +97,8 @@ class Kernel:
     rounds_weights: the decoded weight passes through the problem's dtype before it is used, so
         that the oracle allows one more rounding a weight.
     half_chain: products that are summed in x's dtype before an fp32 sum takes them; 0: none.
+    wide_vectors: takes vectors of several output features (`vector_width`). Of any other kernel
+        `supports` refuses them, so that none has to know of them to be safe.
     packs_anywhere: `pack` takes a tensor on any device; one on the CPU otherwise.
     runs_on: kinds of device; a run that names no kernels takes those of its device.
     programs: of a GPU kernel, what a config launches, to be compiled on a machine without one.
@@ -116,10 +118,15 @@ class Kernel:
     reads: Literal["codes", "dense"] = "codes"
     rounds_weights: bool = False
     half_chain: int = 0
+    wide_vectors: bool = False
     packs_anywhere: bool = False
     runs_on: tuple[Literal["cpu", "cuda"], ...] = ("cpu", "cuda")
     programs: Callable[[Config, Problem], tuple[Program, ...]] | None = None
     work: Callable[[Config, Problem, Device], tuple[Work, ...]] | None = None
+
+    def __post_init__(self) -> None:
+        if not self.wide_vectors:
+            object.__setattr__(self, "supports", _refusing_wide(self.supports))
 
     @property
     def id(self) -> str:
@@ -146,6 +153,23 @@ class Kernel:
             digest.update(path.name.encode())
             digest.update(path.read_bytes())
         return digest.hexdigest()
+
+
+def _refusing_wide(
+    supports: Callable[[Problem, Device], str | None],
+) -> Callable[[Problem, Device], str | None]:
+    """`supports`, asked only about vectors of one output feature; still found by `unwrap`."""
+
+    @functools.wraps(supports)
+    def narrow(problem: Problem, device: Device) -> str | None:
+        if problem.spec.vector_width > 1:
+            return (
+                f"vectors of {problem.spec.vector_width} rows: this kernel takes codes of a single "
+                f"row; torch/dequant and numba/naive take these"
+            )
+        return supports(problem, device)
+
+    return narrow
 
 
 @dataclasses.dataclass(frozen=True)

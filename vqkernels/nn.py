@@ -10,11 +10,13 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from vqkernels.container import describe, load
+from vqkernels import heap
+from vqkernels.container import open_container
 from vqkernels.dispatch import apply_parts, spec_text
 from vqkernels.errors import TensorError
 from vqkernels.fuse import fuse
 from vqkernels.parts import check_shape, part_table
+from vqkernels.source import outline_of
 from vqkernels.spec import CodebookSpec
 from vqkernels.tensor import QuantizedTensor
 
@@ -88,7 +90,7 @@ class VQLinear(nn.Module):
         stages = "+".join(str(entries) for entries in spec.stages)
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, "
-            f"bias={self.bias is not None}, {spec.method} {stages} x {spec.vector_length} "
+            f"bias={self.bias is not None}, {spec.method} {stages} x {spec.vector_text} "
             f"along {spec.vector_axis}, {self.quantized.bits.per_weight():.3g} bits"
         )
 
@@ -147,40 +149,45 @@ class _Site:
     tensor: str
 
 
-Container = str | os.PathLike[str] | Mapping[str, QuantizedTensor]
-
-
 def replace_linears(
-    model: nn.Module, container: Container, *, prefix: str = "", strict: bool = True
+    model: nn.Module,
+    source: str | os.PathLike[str] | Mapping[str, QuantizedTensor],
+    *,
+    prefix: str = "",
+    strict: bool = True,
 ) -> list[str]:
-    """Put a VQLinear for each `nn.Linear` of `model` that `container` names; returns their names.
+    """Put a VQLinear for each `nn.Linear` of `model` that `source` names; returns their names.
 
-    container: a file, or tensors by name. A tensor belongs to the module whose name, after
-        `prefix`, is the tensor's, with or without `.weight`; tensors without the prefix are left
-        alone.
+    source: what `open_source` takes (a container, a folder of shards, a checkpoint), or tensors by
+        name. A tensor belongs to the module whose name, after `prefix`, is the tensor's, with or
+        without `.weight`; tensors without the prefix are left alone.
     strict: whether a tensor that finds no module is an error.
 
-    A layer's own bias stays (as its Parameter) where the container holds none. A module under
+    A layer's own bias stays (as its Parameter) where the source holds none. A module under
     several names is replaced under all of them, and so is a layer whose weight is the same
-    Parameter. Parts go where the layer's weight is (from the meta device: to the CPU). Raises
-    TensorError or ContainerError, naming module and source, before anything is replaced.
+    Parameter. Parts go where the layer's weight is (from the meta device: to the CPU), one matrix
+    after the other: a model built on the meta device never takes more than its quantised size and
+    a layer. Raises TensorError or ContainerError, naming module and source, before anything is
+    replaced; what names and shapes show, before any data is read.
     """
-    source = Path(container) if isinstance(container, str | os.PathLike) else None
-    where = "the given tensors" if isinstance(container, Mapping) else str(source)
-    if isinstance(container, Mapping):
-        known = list(container)
+    if isinstance(source, Mapping):
+        tensors, where = source, "the given tensors"
     else:
-        known = [info.name for info in describe(container).tensors]
-    wanted = _targets([name for name in known if name.startswith(prefix)], prefix, where)
+        tensors, where = open_container(source), str(Path(source))
+    wanted = _targets([name for name in tensors if name.startswith(prefix)], prefix, where)
     sites = _sites(model, wanted, where)
     _check_all_used(wanted, sites, f"{where} (prefix {prefix!r})", strict=strict)
-    if isinstance(container, Mapping):
-        tensors: Mapping[str, QuantizedTensor] = container
-    else:
-        tensors = load(container, names={site.tensor for site in sites})
-    layers = [_layer(site, tensors[site.tensor], where) for site in sites]
+    by_tensor: dict[str, list[_Site]] = {name: [] for name in wanted.values()}  # as they lie there
+    for site in sites:
+        outline = outline_of(tensors, site.tensor)
+        _check_size(site, outline.n, outline.k, where)
+        by_tensor[site.tensor].append(site)
+    replaced: dict[str, VQLinear] = {}
+    for name, same in by_tensor.items():
+        if same:
+            replaced |= _layers(same, tensors[name], where)
+            heap.release()
     # from here on nothing can fail
-    replaced = {name: new for site, new in zip(sites, layers, strict=True) for name in site.names}
     order = [name for name, _ in model.named_modules(remove_duplicate=False) if name in replaced]
     for name in order:
         owner, _, attribute = name.rpartition(".")
@@ -255,20 +262,29 @@ def _check_all_used(
         raise TensorError(f"{where}: no tensor is for this model; check the prefix")
 
 
-def _layer(site: _Site, tensor: QuantizedTensor, where: str) -> VQLinear:
-    linear, name = site.linear, site.names[0]
-    shape = (linear.out_features, linear.in_features)
-    if (tensor.n, tensor.k) != shape:
+def _check_size(site: _Site, n: int, k: int, where: str) -> None:
+    shape = [site.linear.out_features, site.linear.in_features]
+    if [n, k] != shape:
         raise TensorError(
-            f"{where}: tensor {site.tensor!r} is [{tensor.n}, {tensor.k}], but module {name!r} "
-            f"is {list(shape)}; it was made for another model"
+            f"{where}: tensor {site.tensor!r} is [{n}, {k}], but module {site.names[0]!r} "
+            f"is {shape}; it was made for another model"
         )
-    place = linear.weight.device
+
+
+def _layers(sites: list[_Site], tensor: QuantizedTensor, where: str) -> dict[str, VQLinear]:
+    """Layers on `tensor` by name, for sites that are one, or whose weights are one."""
+    first = sites[0]
+    _check_size(first, tensor.n, tensor.k, where)  # what was read, whatever the outline said
+    place = first.linear.weight.device
     moved = tensor.to("cpu" if place.type == "meta" else place)
-    try:
-        layer = VQLinear.from_quantized(moved, linear.bias if tensor.bias is None else None)
-    except TensorError as error:
-        raise TensorError(
-            f"{where}: tensor {site.tensor!r} for module {name!r}: {error}"
-        ) from error
-    return layer.train(linear.training)
+    layers: dict[str, VQLinear] = {}
+    for site in sites:
+        bias = site.linear.bias if tensor.bias is None else None
+        try:
+            layer = VQLinear.from_quantized(moved, bias)
+        except TensorError as error:
+            raise TensorError(
+                f"{where}: tensor {site.tensor!r} for module {site.names[0]!r}: {error}"
+            ) from error
+        layers |= dict.fromkeys(site.names, layer.train(site.linear.training))
+    return layers

@@ -78,7 +78,7 @@ def code_grid(spec: CodebookSpec, n: int, k: int) -> tuple[int, int]:
     main = k - spec.side_columns
     block = spec.vector_length * spec.stride
     if spec.vector_axis == "in":
-        return n, math.ceil(main / block) * spec.stride
+        return math.ceil(n / spec.vector_width), math.ceil(main / block) * spec.stride
     return math.ceil(n / block) * spec.stride, main
 
 
@@ -115,7 +115,7 @@ def check_fit(spec: CodebookSpec, n: int, k: int) -> None:
     if vectors < spec.max_entries:
         raise UnsupportedError(
             f"{spec.max_entries:,} entries for {vectors:,} vectors a codebook "
-            f"({n} x {k}, vectors of {spec.vector_length}); choose fewer entries or larger groups"
+            f"({n} x {k}, vectors of {spec.vector_text}); choose fewer entries or larger groups"
         )
 
 
@@ -151,16 +151,16 @@ def _side_parts(spec: CodebookSpec, n: int, k: int) -> dict[str, Part]:
 def part_table(spec: CodebookSpec, n: int, k: int, *, bias: bool = False) -> dict[str, Part]:
     """The parts of an `[n, k]` matrix in `spec`, in the order of storage.
 
-    `codes: [rows, columns, stages]`, `codebook_<s>: [sets, subspaces, entries, vector_length]`,
+    `codes: [rows, columns, stages]`, `codebook_<s>: [sets, subspaces, entries, vector_size]`,
     `codebook_scale: [sets, subspaces, stages]` for int8 entries, and the sides that the spec
     asks for. `bias: [n]` belongs to the layer and is counted in no bits.
     """
     rows, columns = code_grid(spec, n, k)
-    sets, length = codebook_sets(spec, n, k), spec.vector_length
+    sets, size = codebook_sets(spec, n, k), spec.vector_size
     shape = (rows, columns, len(spec.stages))
     parts = {"codes": _codes(shape, spec.stages, rows * columns * spec.vector_bits)}
     for stage, entries in enumerate(spec.stages):
-        book = (sets, spec.subspaces, entries, length)
+        book = (sets, spec.subspaces, entries, size)
         parts[f"codebook_{stage}"] = _floating(book, spec.codebook_dtype, "codebook")
     if spec.codebook_dtype == "int8":
         scales = (sets, spec.subspaces, len(spec.stages))

@@ -29,9 +29,13 @@ def _rq(stages: int, entries: int, length: int) -> CodebookSpec:
     return CodebookSpec(method="rq", stages=(entries,) * stages, vector_length=length)
 
 
-def _aqlm(stages: int, bits: int) -> CodebookSpec:
+def _aqlm(stages: int, bits: int, width: int = 1, length: int = 8) -> CodebookSpec:
     return CodebookSpec(
-        method="additive", stages=(1 << bits,) * stages, vector_length=8, scale_axis="row"
+        method="additive",
+        stages=(1 << bits,) * stages,
+        vector_length=length,
+        vector_width=width,
+        scale_axis="row",
     )
 
 
@@ -66,6 +70,7 @@ _GRAMMAR = (
     (r"pq-m(\d{1,6})", _pq),
     (r"rq-(\d{1,2})x(\d{1,6})x(\d{1,6})", _rq),
     (r"aqlm-(\d{1,2})x(\d{1,2})", _aqlm),
+    (r"aqlm-(\d{1,2})x(\d{1,2})-g(\d{1,6})x(\d{1,6})", _aqlm),
     (r"vptq-(\d{1,6})-(\d{1,6})", _vptq),
 )
 
@@ -74,7 +79,8 @@ def parse_format(text: str) -> CodebookSpec:
     """The spec that `text` names: a preset, a sized name or the path of a TOML file.
 
     Sized names: `vq-ENTRIESxLENGTH`, `pq-mSUBSPACES`, `rq-STAGESxENTRIESxLENGTH`,
-    `aqlm-STAGESxBITS`, `vptq-MAIN-RESIDUAL`. Raises SpecError for anything else.
+    `aqlm-STAGESxBITS`, `aqlm-STAGESxBITS-gWIDTHxLENGTH` (vectors of WIDTH rows), and
+    `vptq-MAIN-RESIDUAL`. Raises SpecError for anything else.
     """
     if text in PRESETS:
         return PRESETS[text]

@@ -4,8 +4,9 @@ A weight `W[n, k]` (n output features, k input features) is stored as
 
     W[:, perm] = [outliers | uniform | main @ rotation]      then  W = scale * W + zero
 
-where `main` is cut into vectors of `vector_length` along `vector_axis`, and each vector is the
-sum over stages of `coefficient * codebook[stage][code]`. Every part but the codes is optional.
+where `main` is cut into vectors of `vector_length` along `vector_axis`, `vector_width` rows across
+it, and each vector is the sum over stages of `coefficient * codebook[stage][code]`. Every part but
+the codes is optional.
 VQ, PQ, OPQ, RQ, AQLM and VPTQ are values of this one type.
 """
 
@@ -19,7 +20,7 @@ from vqkernels.errors import SpecError
 
 __all__ = ["SPEC_VERSION", "Axis", "CodebookSpec", "ScaleAxis"]
 
-SPEC_VERSION = 1
+SPEC_VERSION = 2  # 1 had no vector_width
 
 Method = Literal["vq", "pq", "opq", "rq", "additive", "vptq"]
 Axis = Literal["in", "out"]
@@ -35,10 +36,12 @@ MAX_ENTRIES = 65536  # a code is at most 16 bits, in every format of the field
 class CodebookSpec:
     """A codebook format.
 
-    vector_length: elements of one codebook vector.
+    vector_length: elements of a vector along its axis; all of them where `vector_width` is 1.
     stages: entries of each residual or additive codebook; one stage is plain VQ.
     vector_axis: vectors run along input features (`in`, as AQLM) or output features
         (`out`, as VPTQ).
+    vector_width: output features that one vector covers (AQLM's out_group_size), for vectors along
+        `in` only. An entry is `[vector_width, vector_length]` then, stored row after row.
     method: how the codes were found; decoding doesn't depend on it.
     subspaces: PQ: vector number p along the vector axis uses codebook `p % subspaces`.
     group_axis, group_size: one codebook set for the tensor, or one for every `group_size`
@@ -67,6 +70,7 @@ class CodebookSpec:
     vector_length: int
     stages: tuple[int, ...]
     vector_axis: Axis = "in"
+    vector_width: int = 1
     method: Method = "vq"
     subspaces: int = 1
     group_axis: GroupAxis = "tensor"
@@ -96,6 +100,7 @@ class CodebookSpec:
         object.__setattr__(self, "code_bits", bits)
         _check_types(self)
         _check_stages(self)
+        _check_width(self)
         _check_groups(self)
         _check_sides(self)
 
@@ -103,6 +108,17 @@ class CodebookSpec:
     def side_columns(self) -> int:
         """Input features that bypass the main codebooks."""
         return self.outlier_columns + self.uniform_columns
+
+    @property
+    def vector_size(self) -> int:
+        """Elements of one codebook entry."""
+        return self.vector_width * self.vector_length
+
+    @property
+    def vector_text(self) -> str:
+        """What a vector covers, as messages write it: `8`, or `2x8` for two rows of eight."""
+        wide = self.vector_width > 1
+        return f"{self.vector_width}x{self.vector_length}" if wide else f"{self.vector_length}"
 
     @property
     def max_entries(self) -> int:
@@ -119,12 +135,19 @@ class CodebookSpec:
         return self.coefficients[stage] if self.coefficients else 1.0
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready fields; `from_dict` is the inverse."""
-        return {
+        """JSON-ready fields; `from_dict` is the inverse.
+
+        A vector_width of 1 is left out: one format has one text, whichever version wrote it, and
+        stores and baselines are searched by it.
+        """
+        fields = {
             field.name: list(value) if isinstance(value, tuple) else value
             for field in dataclasses.fields(self)
             if (value := getattr(self, field.name)) is not None
         }
+        if self.vector_width == 1:
+            del fields["vector_width"]
+        return fields
 
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> CodebookSpec:
@@ -195,6 +218,20 @@ def _check_groups(spec: CodebookSpec) -> None:
         raise SpecError(
             f"format: group_size {spec.group_size} cuts vectors of {block} in two; "
             f"use a multiple of {block}"
+        )
+
+
+def _check_width(spec: CodebookSpec) -> None:
+    width = spec.vector_width
+    if width < 1 or (width > 1 and spec.vector_axis == "out"):
+        raise SpecError(
+            f"format: vector_width {width} along {spec.vector_axis}; it counts the output features "
+            f"across vectors along in, and is 1 along out, where vector_length counts them"
+        )
+    if spec.group_axis == "row" and spec.group_size % width:
+        raise SpecError(
+            f"format: group_size {spec.group_size} cuts vectors of {width} rows in two; "
+            f"use a multiple of {width}"
         )
 
 

@@ -22,6 +22,8 @@ from vqkernels.spec import CodebookSpec
 
 __all__ = ["QuantizedTensor", "random_tensor"]
 
+_PIECE = 1 << 18  # codes that are checked at once
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class QuantizedTensor:
@@ -151,11 +153,13 @@ class QuantizedTensor:
         of subspaces is cut; so must `stop`, or be `n`.
         """
         spec, parts = self.spec, dict(self.parts)
-        block = spec.vector_length * spec.stride if spec.vector_axis == "out" else 1
         step = row_step(spec)
         assert start % step == 0 and (stop % step == 0 or stop == self.n), (start, stop, step)
-        cells = slice(start // block * spec.stride, -(-stop // block) * spec.stride)
-        parts["codes"] = parts["codes"][cells if spec.vector_axis == "out" else slice(start, stop)]
+        # rows of codes for every `block` rows of the matrix
+        block, lanes = spec.vector_width, 1
+        if spec.vector_axis == "out":
+            block, lanes = spec.vector_length * spec.stride, spec.stride
+        parts["codes"] = parts["codes"][start // block * lanes : -(-stop // block) * lanes]
         if spec.group_axis == "row":
             sets = slice(start // spec.group_size, -(-stop // spec.group_size))
             for name in parts:
@@ -175,7 +179,7 @@ class QuantizedTensor:
 
 def row_step(spec: CodebookSpec) -> int:
     """The smallest number of output rows at which `QuantizedTensor.rows` can cut."""
-    steps = [1]
+    steps = [spec.vector_width]
     if spec.vector_axis == "out":
         block = spec.vector_length * spec.stride
         # a block holds `stride` vectors; the next one must start at subspace 0 again
@@ -188,8 +192,10 @@ def row_step(spec: CodebookSpec) -> int:
 
 
 def _check_range(name: str, part: str, codes: Tensor, entries: int) -> None:
-    # torch compares uint16 on no backend yet; int32 holds every code
-    top = int(codes.to(torch.int32).max())
+    # torch compares uint16 on no backend yet; int32 holds every code, but all of them at once
+    # would be as large as the matrix
+    pieces = torch.split(codes, max(1, _PIECE // codes.shape[1]))
+    top = max(int(piece.to(torch.int32).max()) for piece in pieces)
     if top >= entries:
         raise TensorError(
             f"{name}: {part} reach {top}, but the codebook has {entries} entries; "
@@ -208,7 +214,7 @@ def set_index(spec: CodebookSpec, n: int, k: int) -> Tensor:
     """
     rows, columns = code_grid(spec, n, k)
     row, column = torch.arange(rows)[:, None], torch.arange(columns)[None]
-    along, other = (column, row) if spec.vector_axis == "in" else (row, column)
+    along, other = (column, row * spec.vector_width) if spec.vector_axis == "in" else (row, column)
     # with a stride, `stride` interleaved vectors share one block of vector_length * stride
     feature = along // spec.stride * spec.stride * spec.vector_length
     if spec.group_axis == "tensor":
@@ -224,7 +230,7 @@ def set_index(spec: CodebookSpec, n: int, k: int) -> Tensor:
 def scaled_codebook(
     spec: CodebookSpec, parts: Mapping[str, Tensor], stage: int, dtype: torch.dtype
 ) -> Tensor:
-    """Codebook of `stage` with its coefficient and int8 scale: `[sets, subspaces, entries, d]`."""
+    """Codebook of `stage` times coefficient and int8 scale: `[sets, subspaces, entries, size]`."""
     book = parts[f"codebook_{stage}"].to(dtype)
     if spec.codebook_dtype == "int8":
         book = book * parts["codebook_scale"][:, :, stage, None, None].to(dtype)
@@ -232,13 +238,14 @@ def scaled_codebook(
 
 
 def unblock(spec: CodebookSpec, vectors: Tensor) -> Tensor:
-    """`[rows, columns, vector_length]` decoded cells as a matrix, padding still on."""
-    rows, columns, length = vectors.shape
+    """`[rows, columns, vector_size]` decoded cells as a matrix, padding still on."""
+    rows, columns, _ = vectors.shape
+    width, length = spec.vector_width, spec.vector_length
     if spec.vector_axis == "out":
         blocks = vectors.reshape(rows // spec.stride, spec.stride, columns, length)
         return blocks.permute(0, 3, 1, 2).reshape(rows * length, columns)
-    blocks = vectors.reshape(rows, columns // spec.stride, spec.stride, length)
-    return blocks.transpose(2, 3).reshape(rows, columns * length)
+    blocks = vectors.reshape(rows, columns // spec.stride, spec.stride, width, length)
+    return blocks.permute(0, 3, 1, 4, 2).reshape(rows * width, columns * length)
 
 
 def decode_main(
@@ -249,7 +256,7 @@ def decode_main(
     which = set_index(spec, n, k).to(codes.device)
     total: Tensor | None = None
     for stage, entries in enumerate(spec.stages):
-        book = scaled_codebook(spec, parts, stage, dtype).reshape(-1, spec.vector_length)
+        book = scaled_codebook(spec, parts, stage, dtype).reshape(-1, spec.vector_size)
         vectors = book[which * entries + codes[..., stage].long()]
         total = vectors if total is None else total + vectors
     assert total is not None, "a spec has a stage at least"

@@ -56,7 +56,7 @@ class Case:
         """
         spec, rotation = self.spec, self.spec.rotation_size
         k = spec.side_columns + rotation * -(-64 // rotation) if rotation else min(self.k, 101)
-        block = spec.vector_length * spec.stride
+        block = spec.vector_size * spec.stride
         if spec.group_size > 16:
             spec = dataclasses.replace(spec, group_size=-(-16 // block) * block)
         return dataclasses.replace(self, spec=spec, n=min(self.n, 37), k=k)
@@ -110,6 +110,22 @@ def field_cases() -> list[Case]:
         vary("out-length-5", vector_length=5, **out),
         vary("length-32", vector_length=32, stages=[100, 7]),
         vary("mixed-stages", stages=[300, 16, 2], k=512),
+        vary("wide", vector_width=2),
+        vary(
+            "wide-everything",
+            k=421,
+            bias=True,
+            vector_width=3,
+            vector_length=4,
+            stride=2,
+            subspaces=2,
+            group_axis="row",
+            group_size=66,
+            stages=[200, 9],
+            scale_axis="row",
+            permuted=True,
+            **side,
+        ),
         vary("out", **out),
         vary("out-length-4", vector_length=4, **out),
         vary("out-stride", stride=3, **out),

@@ -13,6 +13,7 @@ import torch
 from bench.tables import render
 from vqkernels import container
 from vqkernels.container import ContainerInfo, TensorInfo
+from vqkernels.container.stored import code_bytes, packed_bytes
 from vqkernels.spec import CodebookSpec, min_bits
 from vqkernels.tensor import QuantizedTensor, set_index
 
@@ -30,11 +31,14 @@ _COLUMNS = {
     "side": "side",
     "effective": "bits/weight",
     "stored_bytes": "stored B",
+    "codes": "codes",
+    "made": "made",
     "decoded": "sha256 decoded",
 }
 _VERIFIED = {"entries": "used entries", "entropy": "code entropy, bits"}
 
 _SHORT = 12  # hexadecimal digits that a table shows of a checksum, as git does
+_LONG = 80  # characters that a table shows of how a matrix was made
 
 
 @click.command("inspect")
@@ -45,15 +49,16 @@ def command(file: Path, verify: bool, output: str) -> None:
     """Describe the container FILE: origin, formats, effective bits, sizes and checksums.
 
     Unless asked to verify, only the header is read. Verifying compares the SHA-256 of each stored
-    part and of the dequantised weight, checks that codes are in range, and shows how many entries
-    of each codebook are used and the entropy of its codes.
+    part and of the dequantised weight, and the stored usage with the codes, checks that codes are
+    in range, and shows how many entries of each codebook are used and the entropy of its codes.
     """
-    info = container.describe(file)
+    source = container.open_container(file)
+    info = source.info
     rows = [_row(tensor) for tensor in info.tensors]
     if verify:
         for row in rows:
             # one at a time: a model's codes, unpacked, need not fit in memory together
-            found = container.load(file, names=[row["tensor"]], decoded=True)[row["tensor"]]
+            found = source.verify(row["tensor"])
             row |= {"verified": True, "stages": [_usage(found, s) for s in _stages(found.spec)]}
     if output == "json":
         click.echo(json.dumps({"file": str(file), **_head(info), "tensors": rows}, indent=2))
@@ -65,6 +70,9 @@ def command(file: Path, verify: bool, output: str) -> None:
     click.echo(render([_shown(row) for row in rows], columns, "table").strip("\n"))
     if verify:
         click.echo(f"every checksum of {len(rows)} tensors matches, stored and dequantised")
+    if any("ans" in row["coding"] for row in rows):
+        coded, packed = (sum(row[key] for row in rows) for key in ("code_bytes", "packed_bytes"))
+        click.echo(f"entropy coding: {coded:,} bytes of codes instead of {packed:,}")
 
 
 def _versions(info: ContainerInfo) -> dict[str, int]:
@@ -89,6 +97,11 @@ def _row(tensor: TensorInfo) -> Row:
         "effective_bits": bits.per_weight(),
         "effective_bits_without_side": bits.per_weight(side=False),
         "stored_bytes": tensor.stored_bytes,
+        "coding": list(tensor.coding),
+        "code_bytes": code_bytes(tensor),
+        "packed_bytes": packed_bytes(tensor, _stages(tensor.spec)),
+        "usage": tensor.usage,
+        "made": dict(tensor.made),
         "sha256": dict(tensor.checksums),
         "decoded_sha256": tensor.decoded_checksum,
     }
@@ -135,6 +148,8 @@ def _shown(row: Row) -> Row:
         "format": " ".join(f"{name}={_compact(value)}" for name, value in row["format"].items()),
         **{name: f"{row[f'{name}_bits']:.4f}" for name in ("index", "codebook", "side")},
         "effective": f"{row['effective_bits']:.4f}",
+        "codes": _coded(row),
+        "made": _shortened(" ".join(f"{k}={_compact(v)}" for k, v in row["made"].items())),
         "decoded": row["decoded_sha256"][:_SHORT],
         "entries": " + ".join(f"{stage['used_entries']}/{stage['entries']}" for stage in stages),
         "entropy": " + ".join(
@@ -143,8 +158,25 @@ def _shown(row: Row) -> Row:
     }
 
 
+def _coded(row: Row) -> str:
+    """How the codes are stored, and what that saves."""
+    coding = list(dict.fromkeys(row["coding"]))
+    if coding == ["packed"]:
+        return "packed"
+    return f"{'+'.join(coding)} -{1 - row['code_bytes'] / row['packed_bytes']:.2%}"
+
+
 def _compact(value: object) -> str:
-    return ",".join(str(item) for item in value) if isinstance(value, list) else str(value)
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if isinstance(value, list | tuple):
+        return ",".join(_compact(item) for item in value)
+    return str(value)
+
+
+def _shortened(text: str) -> str:
+    text = _printable(text)
+    return text if len(text) <= _LONG else f"{text[: _LONG - 1]}…"
 
 
 def _printable(text: str) -> str:

@@ -130,10 +130,11 @@ def _format(name: str, spec: CodebookSpec) -> Row:
         "method": spec.method,
         "stages": " + ".join(str(entries) for entries in spec.stages),
         "vector_length": spec.vector_length,
+        "vector_width": spec.vector_width,
         "vector_axis": spec.vector_axis,
         "subspaces": spec.subspaces,
         "codebooks": "tensor" if not spec.group_size else f"{spec.group_size} {spec.group_axis}",
-        "index_bits": spec.vector_bits / spec.vector_length,
+        "index_bits": spec.vector_bits / spec.vector_size,
         "sized_name": _sized_name(name),
     }
 

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import fnmatch
 import hashlib
+import math
 import os
 import shutil
 import sys
@@ -24,7 +25,9 @@ from torch import Tensor
 
 from bench.tables import render
 from vqkernels import container
-from vqkernels.container.manifest import check_name
+from vqkernels.container import entropy
+from vqkernels.container.manifest import Coding, check_name
+from vqkernels.container.origin import Made, library_stamp
 from vqkernels.errors import ContainerError, TensorError, UnsupportedError
 from vqkernels.parts import BitCount, check_fit, effective_bits
 from vqkernels.presets import parse_format
@@ -41,6 +44,8 @@ _DTYPES = ("F64", "F32", "F16", "BF16")
 
 # Tables that are looked up, and gains: no matrix product, so nothing for our kernels.
 _NOT_LINEAR = ("embed", "norm")
+
+_MAX_SEED = (1 << 63) - 1  # what a container's metadata holds
 
 _COLUMNS = {
     "layer": "layer",
@@ -76,9 +81,19 @@ class _Choice:
 @click.option("-o", "--output", "folder", required=True, type=click.Path(path_type=Path))
 @click.option("-l", "--layer", "patterns", multiple=True, help="Tensors by glob, e.g. '*.query.*'.")
 @click.option("--bias", is_flag=True, help="Keep each layer's bias beside its weight.")
-@click.option("--seed", default=0, show_default=True, type=click.IntRange(0), help="Of k-means.")
+@click.option(
+    "--seed", default=0, show_default=True, type=click.IntRange(0, _MAX_SEED), help="Of k-means."
+)
 @click.option("--iterations", default=25, show_default=True, type=click.IntRange(1))
 @click.option("--name", help="Of the file, instead of MODEL.FORMAT.")
+@click.option("--author", help="Who makes it, for the file's provenance.")
+@click.option(
+    "--codes",
+    type=click.Choice(["packed", "ans"]),
+    default="packed",
+    show_default=True,
+    help="ans: entropy-code what gets smaller so (needs vqbench[entropy]).",
+)
 def command(
     model: Path,
     format_name: str,
@@ -88,6 +103,8 @@ def command(
     seed: int,
     iterations: int,
     name: str | None,
+    author: str | None,
+    codes: Coding,
 ) -> None:
     """Quantise the linear layers of MODEL (a .safetensors file) into one container.
 
@@ -98,16 +115,19 @@ def command(
     job = _Job(parse_format(format_name), seed, iterations, bias)
     label = Path(format_name).stem if format_name.endswith(".toml") else format_name
     target = _target(folder, name or f"{model.stem}.{label}", model)
+    if codes == "ans":
+        entropy.require()
     try:
         with _opened(model) as file:
             choice = _choose(file, model, job, patterns)
             _check_weights(file, model, choice.names)
             _check_space(file, folder, choice.names, job.spec)
-            provenance = _provenance(model, label, job)
+            provenance = _provenance(model, label, job, author)
             tensors, rows = _quantize_all(file, model, choice.names, job)
         if tensors:
             folder.mkdir(parents=True, exist_ok=True)
-            container.save(target, tensors, provenance=provenance)
+            made = {row["layer"]: _made(row, job) for row in rows if row["layer"] in tensors}
+            container.save(target, tensors, provenance=provenance, made=made, codes=codes)
     except KeyboardInterrupt:
         click.echo(f"interrupted: {target} was not written", err=True)
         sys.exit(130)
@@ -186,7 +206,7 @@ def _check_space(file: Any, folder: Path, names: Sequence[str], spec: CodebookSp
         )
 
 
-def _provenance(model: Path, label: str, job: _Job) -> dict[str, str]:
+def _provenance(model: Path, label: str, job: _Job, author: str | None) -> dict[str, str]:
     with model.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     return {
@@ -196,7 +216,9 @@ def _provenance(model: Path, label: str, job: _Job) -> dict[str, str]:
         "method": job.spec.method,
         "seed": str(job.seed),
         "iterations": str(job.iterations),
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "libraries": library_stamp(),
+        **({"author": author} if author else {}),
     }
 
 
@@ -299,6 +321,12 @@ def _quantize_all(
                 {**row, "status": "ok", "bits": bits, "error": error_share, "seconds": seconds}
             )
     return tensors, rows
+
+
+def _made(row: Row, job: _Job) -> Made:
+    """How a layer was made; an error that is infinite (of a weight of zeros) is left out."""
+    made = {"method": job.spec.method, "seed": job.seed, "iterations": job.iterations}
+    return made | ({"error": row["error"]} if math.isfinite(row["error"]) else {})
 
 
 def _quantize_one(file: Any, name: str, weight: Tensor, job: _Job) -> QuantizedTensor:

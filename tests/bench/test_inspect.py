@@ -13,6 +13,7 @@ from click.testing import CliRunner, Result
 from safetensors.torch import save_file
 
 from bench.cli import cli
+from tests.vqkernels.container.crafted import Tensors, rebuild
 from vqkernels import container
 from vqkernels.errors import ContainerError
 from vqkernels.presets import parse_format
@@ -52,7 +53,7 @@ def path(tmp_path: Path) -> Path:
 
 def test_describes_every_tensor(path: Path) -> None:
     content = described(path)
-    assert (content["container_version"], content["spec_version"]) == (2, 1)
+    assert (content["container_version"], content["spec_version"]) == (2, 2)
     assert content["provenance"]["seed"] == "5"
     a, b = content["tensors"]
     assert (a["tensor"], a["n"], a["k"], a["bias"]) == ("a", 8, 16, True)
@@ -72,6 +73,42 @@ def test_describes_every_tensor(path: Path) -> None:
     assert a["sha256"] == dict(info.checksums)
     assert a["decoded_sha256"] == info.decoded_checksum
     assert "stages" not in a
+
+
+def test_shows_how_a_matrix_was_made_and_coded(tmp_path: Path) -> None:
+    spec = CodebookSpec(vector_length=4, stages=(256, 2))
+    tensor = random_tensor(spec, 128, 128)
+    codes = tensor.parts["codes"] // 8
+    made = {"seed": 5, "error": 0.123456, "clip": [-1.5, 2], "note": "\x1b[31m" + "x" * 99}
+    path = tmp_path / "x.vq.safetensors"
+    container.save(path, {"a": tensor.replace_parts(codes=codes)}, made={"a": made}, codes="ans")
+    (a,) = described(path)["tensors"]
+    assert a["made"] == made
+    assert (a["coding"], a["usage"]) == (["ans", "packed"], True)
+    # 128 rows of 32 cells of 9 bits; without stage 0, of 1 bit
+    assert a["packed_bytes"] == 128 * 32 * 9 // 8
+    sizes = container.describe(path).tensors[0].part_bytes
+    assert sizes["codes"] == 128 * 32 // 8
+    assert a["code_bytes"] == sizes["codes"] + sizes["ans_0"] + sizes["usage_0"]
+    saved = 1 - a["code_bytes"] / a["packed_bytes"]
+    assert 0.2 < saved < 3 / 9
+    output = run(path).output
+    assert f"ans+packed -{saved:.2%}" in output
+    assert "'seed=5 error=0.1235 clip=-1.5,2 note=\\x1b[31mxxx" in output
+    assert "x" * 80 not in output
+    assert f"entropy coding: {a['code_bytes']:,} bytes of codes instead of 4,608" in output
+    assert "every checksum of 1 tensors matches" in run(path, "--verify").output
+
+
+def test_a_file_of_version_1() -> None:
+    path = Path(__file__).parents[1] / "vqkernels/container/data/version-1.safetensors"
+    content = described(path, "--verify")
+    assert content["container_version"] == 1
+    for tensor in content["tensors"]:
+        assert (tensor["coding"], tensor["usage"]) == (["packed", "packed"], False)
+        assert tensor["made"] == {}
+        assert tensor["verified"]
+    assert "entropy coding" not in run(path).output
 
 
 def test_verify_counts_used_entries_and_entropy(path: Path) -> None:
@@ -138,6 +175,15 @@ def test_from_quantize_to_verify(tmp_path: Path) -> None:
     for stage in tensor["stages"]:
         assert 24 < stage["used_entries"] <= 32
         assert 4 < stage["entropy_bits"] <= 5
+
+
+def test_verify_compares_the_usage(path: Path) -> None:
+    def other(_: object, tensors: Tensors) -> None:
+        tensors["b/usage_1"][:2] += torch.tensor([1, -1], dtype=torch.int8).view(torch.uint8)
+
+    rebuild(path, other)
+    assert run(path).exit_code == 0
+    assert "'b': usage_1 is not of its codes" in str(run(path, "--verify").exception)
 
 
 def test_verify_finds_a_flipped_bit_that_the_header_hides(path: Path) -> None:

@@ -104,7 +104,44 @@ def test_holds_what_the_quantizer_gives_and_where_it_is_from(model: Path, tmp_pa
     assert (origin["seed"], origin["iterations"]) == ("3", "4")
     assert (origin["method"], origin["format"]) == ("rq", FORMAT)
     assert origin["creator"].startswith("vqbench ")
-    assert origin["date"].startswith("20")
+    assert origin["created"].startswith("20")
+    assert "torch " in origin["libraries"]
+    assert "author" not in origin
+    assert container.open_container(path).outline("0.query.weight").made == {
+        "method": "rq",
+        "seed": 3,
+        "iterations": 4,
+        "error": relative_error(weight, expected),
+    }
+
+
+def test_author_and_codes(model: Path, tmp_path: Path) -> None:
+    arguments = ("--author", "Ada L.", "--iterations", "1", "--codes")
+    for codes in ("packed", "ans"):
+        assert run(model, tmp_path / codes, *arguments, codes).exit_code == 0
+    packed, coded = (next((tmp_path / codes).iterdir()) for codes in ("packed", "ans"))
+    assert container.describe(coded).provenance["author"] == "Ada L."
+    for name, tensor in container.load(coded).items():
+        assert torch.equal(tensor.decode(), container.load(packed)[name].decode())
+
+
+def test_ans_without_its_package_is_refused_at_once(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "constriction", None)
+    monkeypatch.setattr(command, "quantize", None)
+    result = run(model, tmp_path / "out", "--codes", "ans")
+    assert "pip install 'vqbench[entropy]'" in str(result.exception)
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_infinite_error_is_left_out(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(command, "relative_error", lambda *_: float("inf"))
+    assert run(model, tmp_path).exit_code == 0
+    for tensor in container.describe(next(tmp_path.glob("*.vq.safetensors"))).tensors:
+        assert set(tensor.made) == {"method", "seed", "iterations"}
 
 
 def test_same_seed_same_weights(model: Path, tmp_path: Path) -> None:

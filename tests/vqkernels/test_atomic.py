@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 
 from vqkernels import container
-from vqkernels.atomic import locked
-from vqkernels.errors import ContainerError
+from vqkernels.atomic import locked, staged
+from vqkernels.errors import ContainerError, TensorError
 from vqkernels.presets import PRESETS
 from vqkernels.tensor import random_tensor
 
@@ -178,3 +178,115 @@ def test_a_lock_that_can_not_be_made(tmp_path: Path) -> None:
         locked(tmp_path / "no/such/t.json"),
     ):
         pass
+
+
+# ------------------------------------------------------------------------------------------------
+# files and folders that are staged
+
+
+def test_a_staged_file_gets_its_name_at_the_end(path: Path) -> None:
+    path.write_text("old")
+    with staged(path) as made:
+        made.write_text("new")
+        assert made.name == path.name
+        assert path.read_text() == "old"
+    assert path.read_text() == "new"
+    assert list(path.parent.iterdir()) == [path]
+
+
+def fill(made: Path) -> None:
+    (made / "sub").mkdir(parents=True)
+    (made / "sub/file").write_text("new")
+
+
+def interrupt(made: Path, error: BaseException) -> None:
+    fill(made)
+    raise error
+
+
+@pytest.mark.parametrize("there", ["nothing", "an empty folder", "a folder", "a file", "a link"])
+def test_a_staged_folder_replaces_what_is_there(there: str, tmp_path: Path) -> None:
+    path, other = tmp_path / "set", tmp_path / "other"
+    other.mkdir()
+    (other / "kept").touch()
+    if "folder" in there:
+        path.mkdir()
+    if there == "a folder":
+        (path / "old").touch()
+    if there == "a file":
+        path.touch()
+    if there == "a link":
+        path.symlink_to(other)
+    with staged(path) as made:
+        fill(made)
+    assert not path.is_symlink()
+    assert [entry.name for entry in path.iterdir()] == ["sub"]
+    assert (path / "sub/file").read_text() == "new"
+    assert list(other.iterdir()) == [other / "kept"]
+    assert {entry.name for entry in tmp_path.iterdir()} == {"set", "other"}
+
+
+@pytest.mark.parametrize("step", [0, 1])
+def test_a_folder_is_put_back_if_its_successor_can_not_be(
+    step: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "set"
+    path.mkdir()
+    (path / "old").touch()
+    rename, calls = Path.rename, []
+
+    def interrupted(self: Path, new: Path) -> Path:
+        calls.append(new)
+        if len(calls) == step + 1:
+            raise KeyboardInterrupt
+        return rename(self, new)
+
+    monkeypatch.setattr(Path, "rename", interrupted)
+    with pytest.raises(KeyboardInterrupt), staged(path) as made:
+        fill(made)
+    assert [entry.name for entry in path.iterdir()] == ["old"]
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), ValueError(), OSError(errno.EIO, "EIO")])
+def test_what_ends_the_block_leaves_nothing(error: BaseException, path: Path) -> None:
+    kind = ContainerError if isinstance(error, OSError) else type(error)
+    with pytest.raises(kind), staged(path) as made:
+        interrupt(made, error)
+    assert list(path.parent.iterdir()) == []
+
+
+def test_errors_name_the_path_and_not_where_it_is_staged(path: Path) -> None:
+    with pytest.raises(TensorError, match=f"^{path}: {path}/x: no$"), staged(path) as made:
+        raise TensorError(f"{made}: {made}/x: no")
+    with pytest.raises(ContainerError, match=rf"^{path}: can't be written \(No such"), staged(path):
+        pass
+
+
+def test_a_disk_too_small_is_seen_before(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(9999, 9000, 999))
+    with pytest.raises(ContainerError, match="needs 1,000 bytes, but its disk has 999 left"):
+        staged(path, need=1000).__enter__()
+    with staged(path, need=999) as made:
+        made.touch()
+
+
+def test_staged_bytes_are_on_the_disk_before_they_get_the_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    events = []
+    fsync, replace = os.fsync, Path.replace
+
+    def log_fsync(descriptor: int) -> None:
+        events.append("folder" if stat.S_ISDIR(os.fstat(descriptor).st_mode) else "file")
+        fsync(descriptor)
+
+    def log_replace(self: Path, new: Path) -> Path:
+        events.append("rename")
+        return replace(self, new)
+
+    monkeypatch.setattr(os, "fsync", log_fsync)
+    monkeypatch.setattr(Path, "replace", log_replace)
+    with staged(tmp_path / "set") as made:
+        fill(made)
+    assert events == ["folder", "folder", "file", "rename", "folder"]

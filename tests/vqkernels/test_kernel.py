@@ -1,6 +1,7 @@
 import dataclasses
 import importlib.metadata
 import importlib.util
+import inspect
 import shutil
 import sys
 import types
@@ -11,10 +12,12 @@ import torch
 
 from tests.autotune import zoo
 from vqkernels import kernel
+from vqkernels.device import detect_cpu
 from vqkernels.errors import BackendError
 from vqkernels.kernel import Kernel, Packed, library_versions, registry
 from vqkernels.kernels.torch import dense
 from vqkernels.problem import Problem
+from vqkernels.spec import CodebookSpec
 
 
 @pytest.fixture
@@ -95,6 +98,32 @@ def test_a_backend_that_does_not_import_is_reported(monkeypatch, fresh, error):
     assert "libcuda is missing" in found.missing["torch.table"]
     assert "torch/table" not in found.kernels
     assert "torch/dense" in found.kernels
+
+
+def test_a_kernel_that_says_nothing_of_wide_vectors_is_never_asked_about_them():
+    def supports(problem, device):
+        assert problem.spec.vector_width == 1, "a kernel of before there were wide vectors"
+        return "not today" if problem.m > 1 else None
+
+    old = dataclasses.replace(registry()["torch/table"], supports=supports)
+    narrow = CodebookSpec(vector_length=4, stages=(16,))
+    wide = dataclasses.replace(narrow, vector_width=2)
+    cpu, problem = detect_cpu(), Problem(m=1, n=64, k=64, spec=narrow)
+    assert old.supports(problem, cpu) is None
+    assert old.supports(dataclasses.replace(problem, m=2), cpu) == "not today"
+    assert "vectors of 2 rows" in old.supports(dataclasses.replace(problem, spec=wide), cpu)
+    assert inspect.unwrap(old.supports) is supports
+
+
+def test_wide_vectors_are_taken_by_kernels_that_say_so_and_by_no_other():
+    spec = CodebookSpec(vector_length=8, vector_width=2, stages=(256,))
+    problem = Problem(m=1, n=64, k=64, spec=spec)
+    taking = {
+        kernel.id
+        for kernel in registry().kernels.values()
+        if kernel.supports(problem, detect_cpu()) is None
+    }
+    assert taking == {"torch/dense", "torch/dequant", "numba/naive"}
 
 
 def test_an_unknown_kernel_names_those_there_are():

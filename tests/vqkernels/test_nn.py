@@ -18,6 +18,7 @@ from vqkernels.container import save
 from vqkernels.errors import ContainerError, TensorError, UnsupportedError
 from vqkernels.nn import VQLinear, replace_linears
 from vqkernels.presets import PRESETS, parse_format
+from vqkernels.source import Outline, TensorSource, outline_of
 from vqkernels.tensor import QuantizedTensor, random_tensor
 from vqkernels.testing import field_cases
 
@@ -334,3 +335,66 @@ def test_a_given_tensor_is_not_copied_and_keeps_its_spec():
     replace_linears(changed, {"0": tensor})
     assert changed[0].codes is tensor.parts["codes"]
     assert changed[0].spec == spec
+
+
+# ------------------------------------------------------------------------------------------------
+# layer by layer
+
+
+class Source(TensorSource):
+    """Tensors by name that says what was read of it, and drops what it gave."""
+
+    def __init__(self, given: dict[str, QuantizedTensor]) -> None:
+        self.given, self.read = given, []
+
+    def __getitem__(self, name: str) -> QuantizedTensor:
+        self.read.append(name)
+        return self.given[name]
+
+    def __iter__(self):
+        return iter(self.given)
+
+    def __len__(self) -> int:
+        return len(self.given)
+
+    def outline(self, name: str) -> Outline:
+        return outline_of(self.given, name)
+
+
+def test_each_matrix_is_read_once_and_in_the_sources_order():
+    source = Source({"1.down": weight(64, 40), "other": weight(3, 5), "0.up": weight(40, 64)})
+    assert replace_linears(model(), source, strict=False) == ["0.up", "1.down"]
+    assert source.read == ["1.down", "0.up"]
+    tied = nn.ModuleDict({"a": nn.Linear(64, 40), "b": nn.Linear(64, 40)})
+    tied["b"].weight = tied["a"].weight
+    source = Source({"b": weight(40, 64)})
+    assert replace_linears(tied, source) == ["a", "b"]
+    assert source.read == ["b"]
+
+
+@pytest.mark.parametrize(
+    ("changed", "more"),
+    [
+        (model(), {"2": weight(9, 64)}),  # shape
+        (model(), {"3": weight(8, 64)}),  # name
+        (model(), {"0.up.weight": weight(40, 64)}),  # twice
+        (nn.ModuleDict({"0": Block(), "2": nn.Bilinear(2, 2, 2)}), {"2": weight(8, 64)}),
+    ],
+)
+def test_what_headers_show_is_said_before_anything_is_read(changed, more):
+    source = Source({"0.up": weight(40, 64)} | more)
+    with pytest.raises(TensorError):
+        replace_linears(changed, source)
+    assert source.read == []
+    assert untouched(changed)
+
+
+def test_a_matrix_that_is_not_as_its_outline_is_refused():
+    class Liar(Source):
+        def __getitem__(self, name: str) -> QuantizedTensor:
+            return weight(41, 64)
+
+    changed = model()
+    with pytest.raises(TensorError, match=r"tensor '0.up' is \[41, 64\], but module '0.up' is"):
+        replace_linears(changed, Liar({"0.up": weight(40, 64)}))
+    assert untouched(changed)

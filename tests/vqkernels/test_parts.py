@@ -76,6 +76,14 @@ def test_dense_outliers_are_side_bits_and_a_bias_costs_nothing() -> None:
     assert table["bias"].bits == 0
 
 
+def test_wide_vectors_are_counted_once_for_all_their_rows() -> None:
+    spec = CodebookSpec(vector_length=4, vector_width=3, stages=(16, 4))
+    count = effective_bits([(spec, 10, 18)])  # 4 x 5 cells, the last of each padded
+    assert (count.index, count.codebook) == (4 * 5 * (4 + 2), (16 + 4) * 3 * 4 * 16)
+    table = part_table(spec, 10, 18)
+    assert (table["codes"].shape, table["codebook_1"].shape) == ((4, 5, 2), (1, 1, 4, 12))
+
+
 @pytest.mark.parametrize("axis", ["row", "column", "tensor"])
 def test_grouped_codebooks_are_counted_for_each_group(axis: str) -> None:
     fields: dict[str, Any] = {"group_axis": axis, "group_size": 0 if axis == "tensor" else 8}
@@ -128,6 +136,7 @@ def test_a_shape_that_cannot_be_cut(fields: dict[str, Any], n: int, k: int, says
         ({"subspaces": 2}, (16, 8), (15, 8)),
         ({"group_axis": "row", "group_size": 8}, (16, 8), (16, 4)),
         ({"vector_axis": "out"}, (4, 16), (4, 15)),
+        ({"vector_width": 3}, (46, 4), (45, 4)),
     ],
 )
 def test_more_entries_than_vectors_is_refused(

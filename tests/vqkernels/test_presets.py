@@ -51,6 +51,8 @@ def test_sized_names() -> None:
     assert parse_format("vq-512x4").stages == (512,)
     assert parse_format("rq-3x128x16").stages == (128, 128, 128)
     assert parse_format("aqlm-3x4").stages == (16, 16, 16)
+    wide = parse_format("aqlm-2x8-g2x16")
+    assert (wide.stages, wide.vector_width, wide.vector_length) == ((256, 256), 2, 16)
     assert parse_format("vptq-4096-0").stages == (4096,)
     assert parse_format("pq-m32").vector_length == 4
 
@@ -73,6 +75,8 @@ def test_sized_names() -> None:
         "aqlm-2x17",
         "aqlm-1x9999999999",
         "aqlm-0x8",
+        "aqlm-2x8-g0x8",
+        "aqlm-2x8-g8",
         "vptq-0-256",
         "nowhere.toml",
     ],

@@ -17,6 +17,15 @@ BAD_FIELDS = {
     "vector_length negative": ({"vector_length": -1}, "vector_length"),
     "vector_length a float": ({"vector_length": 4.0}, "vector_length"),
     "vector_length a bool": ({"vector_length": True}, "vector_length"),
+    "vector_width zero": ({"vector_width": 0}, "vector_width 0"),
+    "vector_width along out": (
+        {"vector_width": 2, "vector_axis": "out"},
+        "vector_width 2 along out.*vector_length counts them",
+    ),
+    "groups cut wide vectors": (
+        {"vector_width": 4, "group_axis": "row", "group_size": 6},
+        "multiple of 4",
+    ),
     "stride zero": ({"stride": 0}, "stride"),
     "subspaces zero": ({"subspaces": 0}, "subspaces"),
     "stages empty": ({"stages": ()}, "stages is empty"),
@@ -84,6 +93,8 @@ def test_a_contradiction_is_a_spec_error(fields: dict[str, Any], says: str) -> N
     [
         {"group_axis": "row", "group_size": 6},  # along out, where vectors along in aren't cut
         {"group_axis": "column", "group_size": 8, "stride": 2},
+        {"vector_width": 3, "group_axis": "row", "group_size": 6},
+        {"vector_width": 3, "group_axis": "column", "group_size": 8},
         {"vector_axis": "out", "group_axis": "column", "group_size": 3},
         {"stages": (65536, 1), "code_bits": (16, 1)},
         {"coefficients": (2,)},
@@ -124,6 +135,16 @@ def test_min_bits_is_the_fewest() -> None:
 def test_fields_survive_json(drawn: tuple[CodebookSpec, int, int]) -> None:
     spec = drawn[0]
     assert CodebookSpec.from_dict(json.loads(json.dumps(spec.to_dict()))) == spec
+
+
+def test_a_format_of_version_1_keeps_its_text() -> None:
+    narrow = CodebookSpec(**PLAIN)
+    assert "vector_width" not in narrow.to_dict()
+    assert CodebookSpec.from_dict({**narrow.to_dict(), "vector_width": 1}) == narrow
+    wide = CodebookSpec(**PLAIN, vector_width=2)
+    assert wide.to_dict() == {**narrow.to_dict(), "vector_width": 2}
+    assert (wide.vector_size, wide.vector_text) == (8, "2x4")
+    assert (narrow.vector_size, narrow.vector_text) == (4, "4")
 
 
 def test_an_unknown_field_is_named_with_the_known_ones() -> None:

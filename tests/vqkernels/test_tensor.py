@@ -56,6 +56,9 @@ def slow_main(spec: CodebookSpec, parts: dict[str, Any], row: int, column: int) 
     vector = block * spec.stride + lane
     group = {"tensor": 0, "row": row, "column": column}[spec.group_axis] // (spec.group_size or 1)
     subspace = vector % spec.subspaces
+    if spec.vector_axis == "in":
+        across, lane = divmod(across, spec.vector_width)
+        element += lane * spec.vector_length  # an entry lies row after row
     cell = (across, vector) if spec.vector_axis == "in" else (vector, across)
     total = 0.0
     for stage in range(len(spec.stages)):
@@ -140,6 +143,21 @@ def test_a_decode_by_hand() -> None:
     tensor = QuantizedTensor(spec, 3, 2, {"codes": codes, **books})
     tensor.validate()
     assert tensor.decode().tolist() == [[1, 3], [2, 4], [8, 6]]
+
+
+def test_a_decode_of_wide_vectors_by_hand() -> None:
+    # AQLM on 3 x 4: vectors of two rows and two columns, the second row of codes padded
+    spec = CodebookSpec(vector_length=2, vector_width=2, stages=(2,), scale_axis="row")
+    parts = {
+        "codes": torch.tensor([[[0], [1]], [[1], [0]]], dtype=torch.uint8),
+        "codebook_0": torch.tensor([[[[1.0, 2, 3, 4], [5, 6, 7, 8]]]], dtype=torch.float16),
+        "scale": torch.tensor([1.0, 2, 3], dtype=torch.float16),
+    }
+    tensor = QuantizedTensor(spec, 3, 4, parts)
+    tensor.validate()
+    assert tensor.decode().tolist() == [[1, 2, 5, 6], [6, 8, 14, 16], [15, 18, 3, 6]]
+    assert row_step(spec) == 2
+    assert tensor.rows(2, 3).decode().tolist() == [[15, 18, 3, 6]]
 
 
 # ------------------------------------------------------------------------------------------------

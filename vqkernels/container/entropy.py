@@ -29,7 +29,7 @@ from numpy.typing import NDArray
 
 from vqkernels.errors import BackendError, ContainerError
 
-__all__ = ["decode", "encode"]
+__all__ = ["decode", "encode", "require"]
 
 _SLOTS = 1 << 24
 
@@ -39,7 +39,7 @@ def encode(symbols: NDArray[np.int32], counts: NDArray[np.int64]) -> NDArray[np.
 
     Raises BackendError where constriction isn't installed.
     """
-    library = _library()
+    library = require()
     coder = library.stream.stack.AnsCoder()
     coder.encode_reverse(symbols, _model(library, counts))
     words: NDArray[np.uint32] = coder.get_compressed()
@@ -55,7 +55,7 @@ def decode(
     `where`, for a stream that isn't used up exactly, BackendError where constriction isn't
     installed.
     """
-    library = _library()
+    library = require()
     if len(words) and not words[-1]:
         raise ContainerError(f"{where} ends in a zero")
     coder = library.stream.stack.AnsCoder(words)
@@ -65,7 +65,8 @@ def decode(
     return symbols
 
 
-def _library() -> ModuleType:
+def require() -> ModuleType:
+    """The constriction package; BackendError where it isn't installed."""
     try:
         import constriction
     except ImportError as error:

@@ -21,6 +21,7 @@ __all__ = [
     "TEXT",
     "check_version",
     "field",
+    "json_object",
     "read_json",
     "sign",
     "signed",
@@ -29,8 +30,10 @@ __all__ = [
 TEXT, DIGEST = "vqbench", "vqbench_sha256"
 
 MAX_TEXT = 1 << 25  # 32 MB: 20,000 matrices; safetensors refuses headers above 100 MB
+MAX_FILE = 8 * MAX_TEXT  # of an index: names of shards, parts and matrices
+
 DAMAGED = "it was damaged or edited; copy or make it again"
-UPGRADE = "upgrade vqbench (pip install -U vqbench)"
+_UPGRADE = "upgrade vqbench (pip install -U vqbench)"
 
 T = TypeVar("T")
 
@@ -51,23 +54,43 @@ def signed(strings: Mapping[str, Any]) -> dict[str, Any]:
     text = strings.get(TEXT)
     if not isinstance(text, str) or _sha256(text) != strings.get(DIGEST):
         raise ContainerError(f"the description doesn't match its checksum; {DAMAGED}")
-    if len(text) > MAX_TEXT:
-        raise ContainerError(f"a description of {len(text):,} bytes, over {MAX_TEXT:,}; {DAMAGED}")
-    return _object(text, "the description")
+    return json_object(text)
 
 
 def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in the file at `path`. Raises ContainerError, without the file's name."""
     try:
-        if (size := path.stat().st_size) > 8 * MAX_TEXT:
-            raise ContainerError(f"is {size:,} bytes long, over {8 * MAX_TEXT:,}; {DAMAGED}")
+        if (size := path.stat().st_size) > MAX_FILE:
+            raise ContainerError(f"is {size:,} bytes long, over {MAX_FILE:,}; {DAMAGED}")
         text = path.read_bytes().decode("utf-8")
     except OSError as error:
         reason = error.strerror or str(error)
         raise ContainerError(f"can't be read ({reason}); check the path and its mode") from error
     except UnicodeDecodeError as error:
         raise ContainerError(f"is no UTF-8 text; {DAMAGED}") from error
-    return _object(text, "the file")
+    return json_object(text, "the file", limit=MAX_FILE)
+
+
+def json_object(
+    text: str, what: str = "the description", *, limit: int | None = None
+) -> dict[str, Any]:
+    """The JSON object that `text` is. Raises ContainerError for anything else, or too long a one.
+
+    limit: of characters; MAX_TEXT where None.
+    """
+
+    def refuse(constant: str) -> NoReturn:
+        raise ValueError(f"{constant} is not a number")
+
+    if len(text) > (limit := limit or MAX_TEXT):
+        raise ContainerError(f"{what} is {len(text):,} bytes long, over {limit:,}; {DAMAGED}")
+    try:
+        content = json.loads(text, parse_constant=refuse, object_pairs_hook=_unique)
+    except (ValueError, RecursionError) as error:
+        raise ContainerError(f"{what} is not JSON ({error}); {DAMAGED}") from error
+    if not isinstance(content, dict):
+        raise ContainerError(f"{what} is not a JSON object; {DAMAGED}")
+    return content
 
 
 def field(content: Mapping[str, Any], name: str, kind: type[T], where: str) -> T:
@@ -86,26 +109,13 @@ def check_version(content: Mapping[str, Any], name: str, newest: int) -> int:
         known = "1" if newest == 1 else f"1 to {newest}"
         raise ContainerError(
             f"{name} is {version}, but this build reads {known}; "
-            f"{UPGRADE if version > newest else DAMAGED}"
+            f"{_UPGRADE if version > newest else DAMAGED}"
         )
     return version
 
 
 def _sha256(text: str) -> str:
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
-
-
-def _object(text: str, what: str) -> dict[str, Any]:
-    def refuse(constant: str) -> NoReturn:
-        raise ValueError(f"{constant} is not a number")
-
-    try:
-        content = json.loads(text, parse_constant=refuse, object_pairs_hook=_unique)
-    except (ValueError, RecursionError) as error:
-        raise ContainerError(f"{what} is not JSON ({error}); {DAMAGED}") from error
-    if not isinstance(content, dict):
-        raise ContainerError(f"{what} is not a JSON object; {DAMAGED}")
-    return content
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

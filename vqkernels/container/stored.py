@@ -28,7 +28,16 @@ from vqkernels.parts import code_grid
 from vqkernels.source import Outline
 from vqkernels.spec import CodebookSpec
 
-__all__ = ["CODES_PER_WORD", "DTYPES", "StoredPart", "packed_bytes", "stored_grid", "stored_table"]
+__all__ = [
+    "CODES_PER_WORD",
+    "DTYPES",
+    "StoredPart",
+    "code_bytes",
+    "packed_bytes",
+    "stage_bits",
+    "stored_grid",
+    "stored_table",
+]
 
 # What safetensors calls the dtypes of stored parts.
 DTYPES = {
@@ -101,3 +110,12 @@ def packed_bytes(outline: Outline, stages: Sequence[int]) -> int:
     """Bytes of a bitstream of some of the stages."""
     rows, columns = stored_grid(outline)
     return rows * packed_words(columns, stage_bits(outline.spec, stages)) * 4 if stages else 0
+
+
+def code_bytes(info: TensorInfo) -> int:
+    """Bytes of the codes in the file, with the usage that decoding them needs."""
+    needed = {"codes"}
+    for stage, coding in enumerate(info.coding):
+        if coding == "ans":
+            needed |= {f"ans_{stage}", f"usage_{stage}"}
+    return sum(size for part, size in info.part_bytes.items() if part in needed)

@@ -12,7 +12,7 @@ import contextlib
 import dataclasses
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +22,13 @@ from torch import Tensor
 
 from vqkernels.errors import ContainerError
 
-__all__ = ["CONFIG", "INDEX", "WEIGHTS", "Checkpoint", "read_json"]
+__all__ = ["CONFIG", "DTYPES", "INDEX", "WEIGHTS", "Checkpoint", "read_json"]
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 
-_DTYPES = {
+DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
     "F16": torch.float16,
@@ -78,7 +78,10 @@ class Checkpoint:
             )
         self.config = read_json(self.folder / CONFIG)
         self.quantization = _quantization(self.config, self.folder / CONFIG)
-        self._entries = _entries(self.folder)
+        try:
+            self._entries = _entries(self.folder)
+        except OSError as error:
+            raise _unreadable(self.folder, error) from error
 
     @property
     def method(self) -> str:
@@ -109,12 +112,12 @@ class Checkpoint:
     def dtype(self, key: str) -> torch.dtype:
         """The dtype of tensor `key`, from its header."""
         entry = self._entry(key)
-        if entry.dtype not in _DTYPES:
+        if entry.dtype not in DTYPES:
             raise ContainerError(
                 f"{entry.file}: tensor {key!r} has dtype {entry.dtype}, which vqbench can't read; "
-                f"store it as one of {', '.join(_DTYPES)}"
+                f"store it as one of {', '.join(DTYPES)}"
             )
-        return _DTYPES[entry.dtype]
+        return DTYPES[entry.dtype]
 
     def read(self, key: str) -> Tensor:
         """A copy of tensor `key`, on the CPU. Raises ContainerError as opening does."""
@@ -130,6 +133,10 @@ class Checkpoint:
             tensor: Tensor = file.get_tensor(key).clone()
             return tensor
 
+    def tensors(self, keys: Iterable[str]) -> Mapping[str, Tensor]:
+        """The tensors `keys`, each read when it is looked up."""
+        return _Tensors(self, list(keys))
+
     def _entry(self, key: str) -> _Entry:
         if key not in self._entries:
             raise ContainerError(
@@ -137,6 +144,25 @@ class Checkpoint:
                 f"{CONFIG} is of another model: {_AGAIN}"
             )
         return self._entries[key]
+
+
+class _Tensors(Mapping[str, Tensor]):
+    """Some tensors of a checkpoint; nothing is kept here."""
+
+    def __init__(self, checkpoint: Checkpoint, keys: list[str]) -> None:
+        self._checkpoint = checkpoint
+        self._keys = dict.fromkeys(keys)
+
+    def __getitem__(self, key: str) -> Tensor:
+        if key not in self._keys:
+            raise KeyError(key)
+        return self._checkpoint.read(key)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._keys)
+
+    def __len__(self) -> int:
+        return len(self._keys)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -148,10 +174,7 @@ def read_json(path: Path) -> dict[str, Any]:
             raise ContainerError(f"{path}: is over {_MAX_JSON:,} bytes; {_AGAIN}")
         content = json.loads(path.read_bytes(), object_pairs_hook=_unique)
     except OSError as error:
-        reason = error.strerror or str(error)
-        raise ContainerError(
-            f"{path}: can't be read ({reason}); check the path and its mode"
-        ) from error
+        raise _unreadable(path, error) from error
     except (ValueError, RecursionError) as error:  # a bad number or encoding; too deep a nesting
         raise ContainerError(f"{path}: is no valid JSON ({_one_line(error)}); {_AGAIN}") from error
     if not isinstance(content, dict):
@@ -278,14 +301,16 @@ def _opened(path: Path) -> Iterator[Any]:
         with safe_open(path, framework="pt") as file:
             yield file
     except OSError as error:
-        reason = error.strerror or str(error)
-        raise ContainerError(
-            f"{path}: can't be read ({reason}); check the path and its mode"
-        ) from error
+        raise _unreadable(path, error) from error
     except SafetensorError as error:
         raise ContainerError(
             f"{path}: is truncated, damaged or no safetensors file ({_one_line(error)}); {_AGAIN}"
         ) from error
+
+
+def _unreadable(path: Path, error: OSError) -> ContainerError:
+    reason = error.strerror or str(error)
+    return ContainerError(f"{path}: can't be read ({reason}); check the path and its mode")
 
 
 def _one_line(error: Exception) -> str:

@@ -47,7 +47,7 @@ def core_shape(spec: CodebookSpec, n: int, k: int) -> tuple[int, int]:
     """Columns of core_x and core_y: whole cells, padding included."""
     rows, columns = code_grid(spec, n, k)
     if spec.vector_axis == "in":
-        return columns * spec.vector_length, n
+        return columns * spec.vector_length, rows * spec.vector_width
     return columns, rows * spec.vector_length
 
 
@@ -64,7 +64,7 @@ def cell_columns(spec: CodebookSpec, features: int) -> Tensor:
 
 
 def pack_books(tensor: QuantizedTensor) -> Tensor:
-    """All codebooks, `[sets * subspaces, sum of entries, vector_length]`, fp32, stages in order."""
+    """All codebooks, `[sets * subspaces, sum of entries, vector_size]`, fp32, stages in order."""
     spec = tensor.spec
     stages = range(len(spec.stages))
     books = [scaled_codebook(spec, tensor.parts, stage, torch.float32) for stage in stages]
@@ -155,7 +155,7 @@ def books_bytes(problem: Problem) -> int:
     """Bytes of all codebooks in fp32."""
     spec = problem.spec
     sets = codebook_sets(spec, problem.n, problem.k) * spec.subspaces
-    return sets * sum(spec.stages) * spec.vector_length * 4
+    return sets * sum(spec.stages) * spec.vector_size * 4
 
 
 def sides_bytes(problem: Problem) -> int:

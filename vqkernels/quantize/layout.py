@@ -38,17 +38,18 @@ class Vectors:
 
 
 def block(spec: CodebookSpec, matrix: Tensor) -> Tensor:
-    """A matrix as cells `[rows, columns, vector_length]`, zeros where it ends inside a vector.
+    """A matrix as cells `[rows, columns, vector_size]`, zeros where it ends inside a vector.
 
     The inverse of `tensor.unblock`.
     """
     n, k = matrix.shape
-    length, stride = spec.vector_length, spec.stride
+    width, length, stride = spec.vector_width, spec.vector_length, spec.stride
     size = length * stride
     if spec.vector_axis == "in":
-        padded = torch.nn.functional.pad(matrix, (0, -k % size))
-        cells = padded.reshape(n, -1, length, stride).transpose(2, 3)
-        return cells.reshape(n, -1, length)
+        padded = torch.nn.functional.pad(matrix, (0, -k % size, 0, -n % width))
+        rows = len(padded) // width
+        cells = padded.reshape(rows, width, -1, length, stride).permute(0, 2, 4, 1, 3)
+        return cells.reshape(rows, -1, width * length)
     padded = torch.nn.functional.pad(matrix, (0, 0, 0, -n % size))
     return padded.reshape(-1, length, stride, k).permute(0, 2, 3, 1).reshape(-1, k, length)
 

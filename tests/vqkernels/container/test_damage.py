@@ -228,7 +228,7 @@ def edit_spec(**fields: Any) -> Callable[[Any, Tensors], None]:
 HUGE = 10**18
 EDITS: dict[str, tuple[Callable[[Any, Tensors], Any], str]] = {
     "newer container": (edit(container_version=3), "container_version is 3.*reads 1 to 2; upgrade"),
-    "newer spec": (edit(spec_version=9), "spec_version is 9.*reads 1; upgrade"),
+    "newer spec": (edit(spec_version=9), "spec_version is 9.*reads 1 to 2; upgrade"),
     "version 0": (
         edit(container_version=0),
         "container_version is 0.*reads 1 to 2; it was damaged",

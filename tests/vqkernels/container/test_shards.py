@@ -478,7 +478,7 @@ def test_an_index_of_other_bytes(data: bytes, says: str, folder: Path) -> None:
 
 
 def test_an_index_too_long(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("vqkernels.container.signed.MAX_TEXT", 100)
+    monkeypatch.setattr("vqkernels.container.signed.MAX_FILE", 800)
     refused(folder, INDEX, "over 800")
 
 

@@ -30,16 +30,24 @@ def test_stride_takes_every_other_element():
     assert cells[1, 2].tolist() == matrix[1, 8:16:2].tolist()
 
 
+def test_wide_vectors_take_rows_one_after_the_other():
+    matrix = numbered(4, 8)
+    cells = block(make(vector_width=2), matrix)
+    assert cells[1, 1].tolist() == [*matrix[2, 4:].tolist(), *matrix[3, 4:].tolist()]
+
+
 @given(
     axis=st.sampled_from(["in", "out"]),
     n=st.integers(1, 20),
     k=st.integers(1, 20),
     length=st.integers(1, 6),
     stride=st.integers(1, 3),
+    width=st.integers(1, 3),
 )
 @settings(deadline=None, derandomize=True)
-def test_block_is_the_inverse_of_unblock(axis, n, k, length, stride):
-    spec = make(axis, vector_length=length, stride=stride)
+def test_block_is_the_inverse_of_unblock(axis, n, k, length, stride, width):
+    width = width if axis == "in" else 1
+    spec = make(axis, vector_length=length, stride=stride, vector_width=width)
     matrix = numbered(n, k)
     back = unblock(spec, block(spec, matrix))
     assert torch.equal(back[:n, :k], matrix)

@@ -331,6 +331,7 @@ def test_presets(name):
     stride=st.integers(1, 2),
     subspaces=st.integers(1, 3),
     axis=st.sampled_from(["in", "out"]),
+    width=st.integers(1, 3),
     group=st.sampled_from([("tensor", 0), ("row", 1), ("row", 2), ("column", 1), ("column", 2)]),
     scale=st.sampled_from(["none", "tensor", "row", "column"]),
     dtype=st.sampled_from(["float32", "float16", "bfloat16", "int8"]),
@@ -342,12 +343,14 @@ def test_presets(name):
     derandomize=True,
     suppress_health_check=[HealthCheck.filter_too_much],  # many layers can't hold the format
 )
-def test_any_shape(n, k, length, stride, subspaces, axis, group, scale, dtype, entries):
+def test_any_shape(n, k, length, stride, subspaces, axis, width, group, scale, dtype, entries):
     group_axis, blocks = group
+    width = width if axis == "in" else 1
     along = (group_axis == "column") == (axis == "in")
     fields = {
         "vector_length": length, "stride": stride, "subspaces": subspaces, "vector_axis": axis,
-        "group_axis": group_axis, "group_size": blocks * (length * stride if along else 1),
+        "group_axis": group_axis, "vector_width": width,
+        "group_size": blocks * (length * stride if along else width),
         "scale_axis": scale, "codebook_dtype": dtype,
     }  # fmt: skip
     weight = normal(n, k, seed=n * 41 + k)

@@ -64,18 +64,21 @@ def pack(tensor: QuantizedTensor, config: Config, problem: Problem) -> Packed:
 @njit(parallel=True, cache=True)
 def _along_in(codes, books, row_sets, column_sets, starts, x, out):
     rows, columns, stages = codes.shape
-    length = books.shape[2]
+    width, length = out.shape[1] // rows, x.shape[1] // columns
     for row in prange(rows):
         for token in range(x.shape[0]):
-            total = np.float32(0)
-            for column in range(columns):
-                book = row_sets[row] + column_sets[column]
-                for element in range(length):
-                    weight = np.float32(0)
-                    for stage in range(stages):
-                        weight += books[book, starts[stage] + codes[row, column, stage], element]
-                    total += x[token, column * length + element] * weight
-            out[token, row] = total
+            for across in range(width):
+                total = np.float32(0)
+                for column in range(columns):
+                    book = row_sets[row] + column_sets[column]
+                    for along in range(length):
+                        element = across * length + along
+                        weight = np.float32(0)
+                        for stage in range(stages):
+                            code = starts[stage] + codes[row, column, stage]
+                            weight += books[book, code, element]
+                        total += x[token, column * length + along] * weight
+                out[token, row * width + across] = total
 
 
 @njit(parallel=True, cache=True)
@@ -120,4 +123,5 @@ KERNEL = Kernel(
     pack=pack,
     compile=compile,
     about="one lookup at a time, any spec",
+    wide_vectors=True,
 )

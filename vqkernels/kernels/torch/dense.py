@@ -68,6 +68,7 @@ KERNEL = Kernel(
     compile=compile,
     about="decoded once, then the BLAS: the baseline",
     reads="dense",
+    wide_vectors=True,
     rounds_weights=True,
     packs_anywhere=True,
 )

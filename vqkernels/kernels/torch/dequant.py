@@ -46,9 +46,10 @@ def footprint(config: Config, problem: Problem, device: Device) -> Footprint:
     rows, columns = code_grid(spec, problem.n, problem.k)
     stages = len(spec.stages)
     weight = 4 * rows * columns * stages + books_bytes(problem) + sides_bytes(problem)
-    dense = rows * columns * spec.vector_length
+    dense = rows * columns * spec.vector_size
     width_x, width_y = core_shape(spec, problem.n, problem.k)
-    copies = 1 if spec.vector_axis == "in" else 2  # along out it is put in order once more
+    # along out, or with vectors of several rows, it is put in order once more
+    copies = 1 if spec.vector_axis == "in" and spec.vector_width == 1 else 2
     bags = 24 * rows * columns  # embedding_bag's own offsets and sizes, int64 a cell each
     workspace = 4 * copies * dense + bags + 4 * problem.m * (width_x + 2 * width_y + 2 * problem.k)
     return Footprint(weight, workspace, problem.flops + dense * (stages - 1))
@@ -63,14 +64,15 @@ def pack(tensor: QuantizedTensor, config: Config, problem: Problem) -> Packed:
 def compile(config: Config, problem: Problem, device: Device) -> Run:
     """One gather and one product."""
     along_in = problem.spec.vector_axis == "in"
-    length = problem.spec.vector_length
+    width, length = problem.spec.vector_width, problem.spec.vector_length
 
     def core(packed: Packed, x: Tensor, out: Tensor) -> None:
         rows, columns, stages = packed["index"].shape
         index = packed["index"].view(-1, stages)
         vectors = embedding_bag(index, packed["books"], mode="sum")
         if along_in:
-            dense = vectors.view(rows, columns * length).T
+            cells = vectors.view(rows, columns, width, length).transpose(1, 2)
+            dense = cells.reshape(rows * width, columns * length).T
         else:
             cells = vectors.view(rows, columns, length)
             dense = cells.transpose(0, 1).reshape(columns, rows * length)
@@ -93,6 +95,7 @@ KERNEL = Kernel(
     pack=pack,
     compile=compile,
     about="decode the whole weight with one gather, then the BLAS",
+    wide_vectors=True,
     rounds_weights=True,
     packs_anywhere=True,
 )

@@ -1,0 +1,235 @@
+"""A Hugging Face model filled from files computes what its dequantised weights say.
+
+For a model whose linear layers are quantised, three things are shown on the same tokens:
+
+1. Each VQLinear's output is within the oracle's bound of the float64 product of its exact decode
+   with the input that it met.
+2. All else is the same model: a dense model with the decoded weights, whose linear layers give
+   what the quantised model's gave, has the same logits bit by bit.
+3. So logits differ from the dense model's by what the products' errors grow to. To first order an
+   error is carried by the slope of the logit in that output, and errors add up as independent ones
+   do (the oracle's own assumption): the bound is the root of the sum of squares of slope times
+   oracle's bound, over all outputs of all products of both models. The roundings of other
+   operations, an ulp or two of a value, aren't counted: a product is allowed some 60.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from vqkernels import oracle
+from vqkernels.container import save
+from vqkernels.models import load_dense, without_weights
+from vqkernels.nn import VQLinear, replace_linears
+from vqkernels.presets import parse_format
+from vqkernels.quantize import quantize
+from vqkernels.tensor import QuantizedTensor
+
+transformers = pytest.importorskip("transformers")
+
+TOKENS = torch.tensor([[3, 17, 31]])
+
+
+@dataclasses.dataclass
+class Case:
+    """A model: its config, its quantised matrices, and the dense model of their values."""
+
+    config: object
+    tensors: dict[str, QuantizedTensor]
+    dense: nn.Module
+
+    def empty(self) -> nn.Module:
+        with without_weights():
+            return transformers.AutoModelForCausalLM.from_config(self.config).eval()
+
+
+def tiny(**options) -> object:
+    return transformers.LlamaConfig(
+        vocab_size=32,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=32,
+        initializer_range=0.1,
+        **options,
+    )
+
+
+def with_dense(model: nn.Module, tensors: dict[str, QuantizedTensor]) -> nn.Module:
+    """The model with the decoded weights, rounded to float32 once."""
+    for name, tensor in tensors.items():
+        linear = model.get_submodule(name)
+        linear.weight.data = tensor.decode().to(linear.weight.dtype)
+    return model
+
+
+def linears(model: nn.Module) -> dict[str, nn.Module]:
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear | VQLinear) and name != "lm_head"
+    }
+
+
+@pytest.fixture(scope="module", params=["biases", "tied"])
+def case(request) -> Case:
+    torch.manual_seed(0)
+    config = (
+        tiny(attention_bias=True) if request.param == "biases" else tiny(tie_word_embeddings=True)
+    )
+    model = transformers.LlamaForCausalLM(config).eval()
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias") or "norm" in name:
+            parameter.data += 0.1 * torch.randn(parameter.shape)  # not all ones and zeros
+    tensors = {
+        name: quantize(linear.weight.detach(), parse_format("rq-2x16x4"), seed=number)
+        for number, (name, linear) in enumerate(linears(model).items())
+    }
+    return Case(config, tensors, with_dense(model, tensors))
+
+
+@pytest.fixture(scope="module")
+def filled(case, tmp_path_factory) -> nn.Module:
+    folder = tmp_path_factory.mktemp("imported")
+    save(folder / "model.vq.safetensors", case.tensors)
+    kept = {
+        name: value
+        for name, value in case.dense.state_dict().items()
+        if name.removesuffix(".weight") not in case.tensors
+    }
+    if case.config.tie_word_embeddings:
+        del kept["lm_head.weight"]
+    save_file(kept, folder / "dense.safetensors")
+    model = case.empty()
+    replace_linears(model, folder / "model.vq.safetensors")
+    load_dense(model, folder)
+    return model
+
+
+def run(model: nn.Module) -> tuple[Tensor, dict[str, tuple[Tensor, Tensor]]]:
+    """Logits `[tokens, vocabulary]`, and what each linear layer was given and gave."""
+    met: dict[str, tuple[Tensor, Tensor]] = {}
+
+    def keep(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, given: tuple[Tensor], gave: Tensor) -> None:
+            met[name] = given[0], gave
+
+        return hook
+
+    hooks = [module.register_forward_hook(keep(name)) for name, module in linears(model).items()]
+    logits = model(TOKENS).logits[0]
+    for hook in hooks:
+        hook.remove()
+    return logits, met
+
+
+def expected(case: Case, name: str, x: Tensor) -> oracle.Reference:
+    """The product that a layer was asked for, with the dense model's bias in x's dtype."""
+    bias = case.dense.get_submodule(name).bias
+    tensor = case.tensors[name]
+    if bias is not None and tensor.bias is None:
+        tensor = tensor.replace_parts(bias=bias.detach().to(x.dtype).float())
+    return oracle.reference(tensor, x.detach().reshape(-1, x.shape[-1]))
+
+
+def misfits(case: Case, met: dict[str, tuple[Tensor, Tensor]]) -> list[str]:
+    """The layers whose output isn't within the oracle's bound."""
+    return [
+        name
+        for name, (x, y) in met.items()
+        if not oracle.check(y.detach().reshape(-1, y.shape[-1]), expected(case, name, x)).passed
+    ]
+
+
+def same_elsewhere(case: Case, logits: Tensor, met: dict[str, tuple[Tensor, Tensor]]) -> bool:
+    """Whether the dense model, its linear layers giving what is in `met`, gives them the same.
+
+    Bit by bit, and has the same logits.
+    """
+    alike = []
+
+    def keep(name: str) -> Callable[..., Tensor]:
+        def hook(module: nn.Module, given: tuple[Tensor], gave: Tensor) -> Tensor:
+            alike.append(torch.equal(given[0], met[name][0]))
+            return met[name][1]
+
+        return hook
+
+    hooks = [layer.register_forward_hook(keep(name)) for name, layer in linears(case.dense).items()]
+    alike.append(torch.equal(case.dense(TOKENS).logits[0], logits))
+    for hook in hooks:
+        hook.remove()
+    return all(alike)
+
+
+def farthest(case: Case, logits: Tensor) -> float:
+    """The largest |difference| of logits over what the products' bounds grow to."""
+    right, met = run(case.dense)
+    bounds = []
+    for name, (x, _) in met.items():
+        of = expected(case, name, x)
+        size = oracle.FACTOR * of.depth**0.5 * (of.y.abs() + 2 * of.spread) + of.y.abs()
+        bounds.append(oracle.UNIT_ROUNDOFF["float32"] * size)
+    outputs = [y for _, y in met.values()]
+    worst = 0.0
+    for one, other in zip(right.flatten(), logits.detach().flatten(), strict=True):
+        slopes = torch.autograd.grad(one, outputs, retain_graph=True)
+        squares = [
+            (slope.double().reshape(bound.shape) * bound).square().sum()
+            for slope, bound in zip(slopes, bounds, strict=True)
+        ]
+        error = abs(other.double() - one.detach().double())
+        worst = max(worst, float(error / (2 * sum(squares)) ** 0.5))
+    return worst
+
+
+def test_logits_are_the_dequantised_models(case, filled):
+    logits, met = run(filled)
+    assert set(met) == set(case.tensors)
+    assert {type(module) for module in linears(filled).values()} == {VQLinear}
+    assert misfits(case, met) == []
+    assert same_elsewhere(case, logits, met)
+    assert farthest(case, logits) < 1
+    assert not torch.equal(run(case.dense)[0], logits), "the dense model was run again"
+
+
+def test_one_wrong_code_is_seen(case):
+    name = "model.layers.0.mlp.up_proj"
+    codes = case.tensors[name].parts["codes"].clone()
+    codes[5, 3, 1] = (codes[5, 3, 1] + 1) % 16
+    wrong = case.tensors | {name: case.tensors[name].replace_parts(codes=codes)}
+    model = case.empty()
+    replace_linears(model, wrong)
+    load_dense(model, case.dense.state_dict(), strict=False)
+    logits, met = run(model)
+    assert misfits(case, met) == [name]
+    assert farthest(case, logits) > 1
+
+
+def test_one_wrong_dense_value_is_seen(case):
+    kept = {name: value.clone() for name, value in case.dense.state_dict().items()}
+    kept["model.layers.1.input_layernorm.weight"][7] *= 1.001
+    model = case.empty()
+    replace_linears(model, case.tensors)
+    load_dense(model, kept, strict=False)
+    logits, met = run(model)
+    assert misfits(case, met) == []
+    assert not same_elsewhere(case, logits, met)
+
+
+def test_in_half_precision_each_product_is_right(case):
+    model = case.empty()
+    replace_linears(model, case.tensors)
+    load_dense(model, case.dense.state_dict(), dtype=torch.bfloat16, strict=False)
+    with torch.no_grad():  # a bias that may be trained is added after the product is rounded
+        logits, met = run(model)
+    assert {logits.dtype, *(y.dtype for _, y in met.values())} == {torch.bfloat16}
+    assert misfits(case, met) == []
