@@ -44,8 +44,11 @@ __all__ = [
     "ContainerInfo",
     "TensorInfo",
     "check_name",
+    "checksums_in",
     "from_header",
     "located",
+    "outline_in",
+    "strings",
     "to_header",
 ]
 
@@ -145,7 +148,7 @@ def from_header(header: Mapping[str, str] | None) -> ContainerInfo:
         raise ContainerError(f"the header holds {strange[0]!r} beside the description; {DAMAGED}")
     version = check_version(content, "container_version", CONTAINER_VERSION)
     spec_version = check_version(content, "spec_version", SPEC_VERSION)
-    provenance = _strings(content, "provenance", "the file")
+    provenance = strings(content, "provenance", "the file")
     entries = field(content, "tensors", list, "the file")
     tensors = tuple(_tensor(entry, version) for entry in entries)
     if len({tensor.name for tensor in tensors}) != len(tensors):
@@ -175,37 +178,63 @@ def located(path: Path) -> Iterator[None]:
         raise type(error)(f"{path}: {error}") from error
 
 
-def _strings(content: dict[str, Any], name: str, where: str) -> Mapping[str, str]:
+def strings(content: dict[str, Any], name: str, where: str) -> Mapping[str, str]:
+    """`content[name]`, which has to be an object of strings."""
     values = field(content, name, dict, where)
     if not all(isinstance(value, str) for value in values.values()):
         raise ContainerError(f"{where}: {name} should hold only strings; {DAMAGED}")
     return MappingProxyType(values)
 
 
-def _tensor(entry: object, version: int) -> TensorInfo:
+def outline_in(entry: object) -> tuple[str, Outline]:
+    """The matrix that the fields name, n, k, bias and spec of `entry` describe, and its name.
+
+    Raises ContainerError where they don't; whether the shape fits the format isn't looked at.
+    """
     if not isinstance(entry, dict):
         raise ContainerError(f"a tensor is described by something else than an object; {DAMAGED}")
     name = field(entry, "name", str, "a tensor")
     check_name(name)
     where = f"tensor {name!r}"
-    checksums = _strings(entry, "sha256", where)
-    decoded = field(entry, "decoded_sha256", str, where)
-    for digest in (*checksums.values(), decoded):
-        if not re.fullmatch("[0-9a-f]{64}", digest):
-            raise ContainerError(f"{where}: a checksum is no SHA-256; {DAMAGED}")
-    spec = _spec(field(entry, "spec", dict, where), where)
-    return TensorInfo(
-        name=name,
-        spec=spec,
+    outline = Outline(
+        spec=_spec(field(entry, "spec", dict, where), where),
         n=_side(entry, "n", where),
         k=_side(entry, "k", where),
         bias=field(entry, "bias", bool, where),
-        coding=_coding(entry, spec, where, version),
+    )
+    return name, outline
+
+
+def checksums_in(entry: dict[str, Any], where: str) -> Mapping[str, str]:
+    """The SHA-256 by part in field sha256 of `entry`."""
+    checksums = strings(entry, "sha256", where)
+    for digest in checksums.values():
+        _check_sha256(digest, where)
+    return checksums
+
+
+def _tensor(entry: Any, version: int) -> TensorInfo:
+    name, outline = outline_in(entry)
+    where = f"tensor {name!r}"
+    decoded = field(entry, "decoded_sha256", str, where)
+    _check_sha256(decoded, where)
+    return TensorInfo(
+        name=name,
+        spec=outline.spec,
+        n=outline.n,
+        k=outline.k,
+        bias=outline.bias,
+        coding=_coding(entry, outline.spec, where, version),
         usage=version > 1 and field(entry, "usage", bool, where),
         made=_made(entry, where) if version > 1 else {},
-        checksums=checksums,
+        checksums=checksums_in(entry, where),
         decoded_checksum=decoded,
     )
+
+
+def _check_sha256(digest: str, where: str) -> None:
+    if not re.fullmatch("[0-9a-f]{64}", digest):
+        raise ContainerError(f"{where}: a checksum is no SHA-256; {DAMAGED}")
 
 
 def _coding(

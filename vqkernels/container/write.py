@@ -30,7 +30,7 @@ from vqkernels.source import Outline
 from vqkernels.spec import SPEC_VERSION
 from vqkernels.tensor import QuantizedTensor
 
-__all__ = ["Prepared", "prepare", "prepare_all", "save", "serialise"]
+__all__ = ["Prepared", "check_tensors", "prepare", "prepare_all", "save", "serialise"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,14 +86,19 @@ def prepare_all(
     """Each of `tensors`, looked up once, as `prepare` gives it; errors of ours name `path`."""
     made = dict(made or {})
     with located(path):
-        if not tensors:
-            raise ContainerError("no tensors to save; name one at least")
-        if strange := sorted(set(made) - set(tensors)):
-            raise ContainerError(f"made is of {strange[0]!r}, which is no tensor; check the name")
+        check_tensors(tensors, made)
     for name, tensor in tensors.items():
         with located(path):
             prepared = prepare(name, tensor, made=made.get(name), usage=usage, codes=codes)
         yield prepared
+
+
+def check_tensors(tensors: Mapping[str, QuantizedTensor], made: Mapping[str, Made]) -> None:
+    """Raise ContainerError where there are none, or `made` is of another one; none is read."""
+    if not tensors:
+        raise ContainerError("no tensors to save; name one at least")
+    if strange := sorted(set(made) - set(tensors)):
+        raise ContainerError(f"made is of {strange[0]!r}, which is no tensor; check the name")
 
 
 def prepare(

@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 from vqkernels.container.checksums import raw_bytes, sha256
-from vqkernels.container.manifest import _side, _spec, _strings, check_name
+from vqkernels.container.manifest import check_name, outline_in, strings
 from vqkernels.container.origin import checked_provenance
 from vqkernels.container.signed import MAX_TEXT, field, json_object
 from vqkernels.errors import ContainerError, VqError
@@ -245,9 +245,7 @@ def parse(content: bytes, kind: str) -> Description:
     tensors = tuple(_tensor(entry) for entry in entries)
     if len({tensor.name for tensor in tensors}) != len(tensors):
         raise ContainerError(f"two tensors have the same name; {AGAIN}")
-    return Description(
-        provenance=_strings(fields, "provenance", "the description"), tensors=tensors
-    )
+    return Description(provenance=strings(fields, "provenance", "the description"), tensors=tensors)
 
 
 def _check_digest(fields: dict[str, Any]) -> None:
@@ -259,18 +257,9 @@ def _check_digest(fields: dict[str, Any]) -> None:
     raise ContainerError(f"the description doesn't match its checksum; {AGAIN}")
 
 
-def _tensor(entry: object) -> DescribedTensor:
-    if not isinstance(entry, dict):
-        raise ContainerError(f"a tensor is described by something else than an object; {AGAIN}")
-    name = field(entry, "name", str, "a tensor")
-    check_name(name)
+def _tensor(entry: Any) -> DescribedTensor:
+    name, outline = outline_in(entry)
     where = f"tensor {name!r}"
-    outline = Outline(
-        spec=_spec(field(entry, "spec", dict, where), where),
-        n=_side(entry, "n", where),
-        k=_side(entry, "k", where),
-        bias=field(entry, "bias", bool, where),
-    )
     try:
         check_shape(outline.spec, outline.n, outline.k)
     except VqError as error:
