@@ -6,121 +6,63 @@ import contextlib
 import dataclasses
 import fnmatch
 import hashlib
-import json
-import math
+import shutil
 import sys
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Literal
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from bench.sources import DenseFile, Imported, View, digest_of, model_of, stored_bytes
 from vqkernels import container
 from vqkernels.atomic import staged
 from vqkernels.container.checksums import raw_bytes
 from vqkernels.container.manifest import Coding
-from vqkernels.container.origin import Made
+from vqkernels.container.shards import save_shards
 from vqkernels.errors import ContainerError
-from vqkernels.formats import Checkpoint, aqlm, open_source, vptq
+from vqkernels.formats import aqlm, open_source, vptq
 from vqkernels.formats.npz import save_npz
 from vqkernels.formats.plain import save_plain
-from vqkernels.parallel import SplitAxis, axis_of
-from vqkernels.source import Outline, TensorSource
-from vqkernels.spec import CodebookSpec
-from vqkernels.tensor import QuantizedTensor
+from vqkernels.formats.write_checkpoint import dense_group, write_file
+from vqkernels.models import DENSE_FILE
+from vqkernels.parallel import SplitAxis, axis_of, save_parallel
+from vqkernels.source import TensorSource
 
 __all__ = [
     "SHARD_BYTES",
-    "Imported",
     "Kind",
     "Layout",
-    "Traversal",
-    "View",
     "check_target",
-    "chosen",
-    "digest_of",
     "progress",
-    "provenance_of",
     "size_bytes",
     "store",
-    "stored_bytes",
 ]
 
-Traversal = Literal["row", "column"]
-Kind = Literal["container", "shards", "parallel", "npz", "plain", "vptq", "aqlm"]
+Kind = Literal["container", "shards", "model", "parallel", "npz", "plain", "vptq", "aqlm"]
 
 SHARD_BYTES = 5_000_000_000  # transformers' own limit of a file
-
-# What says how codes were found or lie in a file: no weight depends on it, and others' formats
-# have no place for it.
-_TOLD = ("method", "distance", "traversal", "code_bits")
 
 # A folder with one of these holds quantised matrices, and may be replaced as a whole.
 _MARKERS = ("layers.json", "parallel.json", "model.safetensors.index.json", "config.json")
 
-
-@runtime_checkable
-class Imported(Protocol):
-    """A source that is a model's checkpoint: VPTQ's or AQLM's."""
-
-    checkpoint: Checkpoint
-
-    def dense_keys(self) -> list[str]: ...  # noqa: D102  # as there
-
-
-class View(TensorSource):
-    """Some matrices of a source, their codes in the order that `traversal` says (None: as it was).
-
-    on_read is called with a name each time a matrix was read; digests: of each, as it was then.
-    """
-
-    def __init__(
-        self,
-        source: TensorSource,
-        names: Collection[str],
-        *,
-        traversal: Traversal | None = None,
-        on_read: Callable[[str], None] | None = None,
-    ) -> None:
-        self.source, self._names = source, dict.fromkeys(names)
-        self._traversal, self._on_read = traversal, on_read
-        self.digests: dict[str, str] = {}
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
-
-    def __len__(self) -> int:
-        return len(self._names)
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._names
-
-    def outline(self, name: str) -> Outline:
-        """What the source says, in the order of codes that is asked for."""
-        outline = self.source.outline(name)
-        return Outline(spec=self._turned(outline.spec), n=outline.n, k=outline.k, bias=outline.bias)
-
-    def __getitem__(self, name: str) -> QuantizedTensor:
-        if name not in self._names:
-            raise KeyError(name)
-        tensor = self.source[name]
-        tensor = dataclasses.replace(tensor, spec=self._turned(tensor.spec))
-        self.digests[name] = digest_of(tensor)
-        if self._on_read:
-            self._on_read(name)
-        return tensor
-
-    @property
-    def made(self) -> dict[str, Made]:
-        """How each matrix was made, where the source says so."""
-        found = {name: getattr(self.source.outline(name), "made", None) for name in self}
-        return {name: made for name, made in found.items() if made}
-
-    def _turned(self, spec: CodebookSpec) -> CodebookSpec:
-        if self._traversal is None:
-            return spec
-        return dataclasses.replace(spec, traversal=self._traversal)
+# Beside a checkpoint's tensors, by glob: what transformers needs to run the model. No code.
+_CARRIED = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer*.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "spiece.model",
+    "sentencepiece*.model",
+    "chat_template*",
+    "*processor_config.json",
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -137,44 +79,6 @@ class Layout:
     shard_bytes: int = SHARD_BYTES
     ranks: int = 1
     axis_of: Callable[[str], SplitAxis] = axis_of
-
-
-# ------------------------------------------------------------------------------------------------
-# what there is
-
-
-def chosen(source: TensorSource, patterns: Sequence[str]) -> list[str]:
-    """Names of the matrices that match one of `patterns`; all, without any.
-
-    Raises ContainerError for a pattern that matches none.
-    """
-    names = list(source)
-    for pattern in patterns:
-        if not any(fnmatch.fnmatchcase(name, pattern) for name in names):
-            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-            raise ContainerError(
-                f"no tensor matches {pattern!r}; there are {', '.join(names[:3])}{more}"
-            )
-    return [
-        name
-        for name in names
-        if not patterns or any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
-    ]
-
-
-def provenance_of(source: TensorSource) -> dict[str, str]:
-    """Where a source says that it comes from."""
-    told = getattr(source, "info", source)
-    return dict(getattr(told, "provenance", {}))
-
-
-def stored_bytes(source: TensorSource, name: str) -> int | None:
-    """Bytes that matrix `name` takes where it lies; None where that can't be told."""
-    if isinstance(source, Imported):
-        stored = source.checkpoint
-        keys = [key for key in stored.keys() if key.startswith(f"{name}.")]  # noqa: SIM118
-        return sum(math.prod(stored.shape(key)) * stored.dtype(key).itemsize for key in keys)
-    return getattr(source.outline(name), "stored_bytes", None)
 
 
 def check_target(source: Path, target: Path, *, force: bool) -> None:
@@ -217,17 +121,19 @@ def store(
     with staged(target) as made:
         _WRITERS[layout.kind](made, view, layout, provenance)
         written = open_source(made)
+        if set(written) != set(view):
+            different = min(set(written) ^ set(view))
+            raise ContainerError(f"{made}: tensor {different!r} is missing or too many; report it")
         if verify:
             for name in _compared(view, written, made):
                 verify(name)
-        return {name: stored_bytes(written, name) for name in written}
+            if layout.kind == "model":
+                _compare_dense(view, made)
+        return {name: stored_bytes(written, name) for name in view}
 
 
 def _compared(view: View, written: TensorSource, where: Path) -> Iterator[str]:
     """The names, one after the other, of matrices that read back as they were."""
-    if set(written) != set(view):
-        different = min(set(written) ^ set(view))
-        raise ContainerError(f"{where}: tensor {different!r} is missing or too many; report it")
     for name in view:
         if digest_of(written[name]) != view.digests.get(name):
             raise ContainerError(
@@ -236,14 +142,16 @@ def _compared(view: View, written: TensorSource, where: Path) -> Iterator[str]:
         yield name
 
 
-def digest_of(tensor: QuantizedTensor) -> str:
-    """SHA-256 of all that the weights of `tensor` depend on."""
-    fields = {name: v for name, v in tensor.spec.to_dict().items() if name not in _TOLD}
-    digest = hashlib.sha256(json.dumps([tensor.n, tensor.k, fields]).encode())
-    for part, value in sorted(tensor.parts.items()):
-        digest.update(f"{part} {value.dtype} {list(value.shape)}".encode())
-        digest.update(raw_bytes(value.detach().to("cpu").contiguous()))
-    return digest.hexdigest()
+def _compare_dense(view: View, folder: Path) -> None:
+    assert isinstance(view.source, Imported)
+    written = DenseFile(folder / DENSE_FILE)
+    for key, value in view.source.checkpoint.tensors(view.source.dense_keys()).items():
+        found = written[key]
+        same = (found.shape, found.dtype) == (value.shape, value.dtype)
+        if not same or raw_bytes(found.contiguous()) != raw_bytes(value.contiguous()):
+            raise ContainerError(
+                f"{folder}: dense tensor {key!r} doesn't read back as it was; report it"
+            )
 
 
 def size_bytes(path: Path) -> int:
@@ -280,6 +188,52 @@ def _write_container(path: Path, view: View, layout: Layout, origin: Mapping[str
     container.save(path, view, provenance=origin, made=view.made, codes=layout.codes)
 
 
+def _write_shards(path: Path, view: View, layout: Layout, origin: Mapping[str, str]) -> None:
+    save_shards(
+        path,
+        view,
+        shard_bytes=layout.shard_bytes,
+        provenance=origin,
+        made=view.made,
+        codes=layout.codes,
+    )
+
+
+def _write_model(path: Path, view: View, layout: Layout, origin: Mapping[str, str]) -> None:
+    """Shards, and beside them what else the checkpoint has: dense tensors, config, tokenizer."""
+    assert isinstance(view.source, Imported)
+    checkpoint = view.source.checkpoint
+    dense = checkpoint.tensors(view.source.dense_keys())
+    path.mkdir()
+    write_file(path / DENSE_FILE, [dense_group(dense, key) for key in dense])
+    with (path / DENSE_FILE).open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    _write_shards(path, view, layout, {**origin, "dense_sha256": digest})
+    for name in _carried(checkpoint.folder):
+        shutil.copyfile(checkpoint.folder / name, path / name)
+
+
+def _carried(folder: Path) -> list[str]:
+    """Files of a checkpoint that go with it: its config and its tokenizer."""
+    return sorted(
+        path.name
+        for path in folder.iterdir()
+        if path.is_file() and any(fnmatch.fnmatchcase(path.name, glob) for glob in _CARRIED)
+    )
+
+
+def _write_parallel(path: Path, view: View, layout: Layout, origin: Mapping[str, str]) -> None:
+    save_parallel(
+        path,
+        view,
+        ranks=layout.ranks,
+        axis_of=layout.axis_of,
+        provenance=origin,
+        made=view.made,
+        codes=layout.codes,
+    )
+
+
 def _write_npz(path: Path, view: View, _: Layout, origin: Mapping[str, str]) -> None:
     save_npz(path, view, provenance=origin, made=view.made)
 
@@ -290,15 +244,15 @@ def _write_plain(path: Path, view: View, _: Layout, origin: Mapping[str, str]) -
 
 def _write_checkpoint(path: Path, view: View, layout: Layout, _: Mapping[str, str]) -> None:
     export = vptq.export if layout.kind == "vptq" else aqlm.export
-    model: dict[str, Any] = {}
-    if isinstance(view.source, Imported):
-        source = view.source.checkpoint
-        model = {"config": source.config, "dense": source.tensors(view.source.dense_keys())}
-    export(path, view, **model, shard_bytes=layout.shard_bytes)
+    config, dense = model_of(view.source) or (None, None)
+    export(path, view, config=config, dense=dense, shard_bytes=layout.shard_bytes)
 
 
 _WRITERS: dict[Kind, Callable[[Path, View, Layout, Mapping[str, str]], None]] = {
     "container": _write_container,
+    "shards": _write_shards,
+    "model": _write_model,
+    "parallel": _write_parallel,
     "npz": _write_npz,
     "plain": _write_plain,
     "vptq": _write_checkpoint,

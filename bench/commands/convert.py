@@ -8,22 +8,9 @@ from typing import Any, cast
 
 import click
 
-from bench.conversion import (
-    SHARD_BYTES,
-    Imported,
-    Kind,
-    Layout,
-    Traversal,
-    View,
-    check_target,
-    chosen,
-    progress,
-    provenance_of,
-    size_bytes,
-    store,
-    stored_bytes,
-)
+from bench.conversion import SHARD_BYTES, Kind, Layout, check_target, progress, size_bytes, store
 from bench.options import parse_size
+from bench.sources import Traversal, View, chosen, model_of, provenance_of, stored_bytes
 from bench.tables import render
 from vqkernels.container.manifest import Coding, located
 from vqkernels.formats import open_source
@@ -98,7 +85,7 @@ def command(
         opened = open_source(source)
         with located(source):
             names = chosen(opened, patterns)
-            axes = {**_axes(opened, rows, "row"), **_axes(opened, columns, "column")}
+            axes = _axes(opened, rows, columns)
         layout = Layout(
             kind=kind,
             codes=codes or "packed",
@@ -115,10 +102,9 @@ def command(
         click.echo(f"interrupted: {target} was not written", err=True)
         sys.exit(130)
     _report(view, before, after)
-    if isinstance(opened, Imported) and layout.kind not in ("vptq", "aqlm"):
-        dense = len(opened.dense_keys())
+    if layout.kind not in ("vptq", "aqlm") and (model := model_of(opened)):
         click.echo(
-            f"left out {dense} tensors that aren't quantised (`vqbench import` keeps them)",
+            f"left out {len(model[1])} tensors that aren't quantised (`vqbench import` keeps them)",
             err=True,
         )
     if left := len(opened) - len(names):
@@ -157,8 +143,17 @@ def _kind(target: Path, to: str | None, given: set[str]) -> Kind:
     return kind
 
 
-def _axes(source: TensorSource, patterns: tuple[str, ...], axis: SplitAxis) -> dict[str, SplitAxis]:
-    return dict.fromkeys(chosen(source, patterns), axis) if patterns else {}
+def _axes(
+    source: TensorSource, rows: tuple[str, ...], columns: tuple[str, ...]
+) -> dict[str, SplitAxis]:
+    """How the matrices that --row and --column name are to be cut."""
+    asked: dict[SplitAxis, tuple[str, ...]] = {"row": rows, "column": columns}
+    axes: dict[str, SplitAxis] = {}
+    for axis, patterns in asked.items():
+        for name in chosen(source, patterns) if patterns else []:
+            if axes.setdefault(name, axis) != axis:
+                raise click.UsageError(f"{name!r} is named by --row and by --column; use one")
+    return axes
 
 
 # ------------------------------------------------------------------------------------------------

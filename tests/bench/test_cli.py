@@ -12,7 +12,7 @@ from click.testing import CliRunner
 from bench import cli
 
 ROOT = Path(__file__).resolve().parents[2]
-COMMANDS = ["bits", "compile", "doctor", "inspect", "list", "predict", "quantize", "run"]
+COMMANDS = "bits compile convert doctor import inspect list predict quantize run".split()
 
 
 def test_every_file_is_a_command_with_help() -> None:
@@ -52,6 +52,8 @@ def test_help_loads_no_kernel() -> None:
         (["bits", "-f", "vq-9", "-s", "8x8"], "error: format 'vq-9' is unknown; use one of"),
         (["list", "sheep"], "'sheep' is not one of"),
         (["quantize", "none.safetensors", "-f", "vq-256x8", "-o", "."], "error: none.safetensors:"),
+        (["convert", "none", "-o", "x.npz"], "error: none: there is no such file"),
+        (["import", "none", "-o", "x"], "error: none: is not a folder"),
         (["inspect", "none.safetensors"], "error: none.safetensors: there is no such file"),
     ],
 )

@@ -179,16 +179,16 @@ def _sweep(folder: Path) -> None:
 class ParallelSource(TensorSource):
     """The whole matrices of a folder that `save_parallel` wrote, merged when they are asked for.
 
-    path: its parallel.json.
+    path: its parallel.json. ranks: what each holds.
     """
 
     def __init__(self, path: Path, ranks: list[Container], mapped: Mapped) -> None:
-        self.path, self._ranks = path, ranks
+        self.path, self.ranks = path, ranks
         self._cuts = {cut.name: cut for cut in mapped.tensors}
 
     def __getitem__(self, name: str) -> QuantizedTensor:
         cut, where = self._cuts[name], f"tensor {name!r}"
-        tensors = [rank[name] for rank in self._ranks]
+        tensors = [rank[name] for rank in self.ranks]
         try:
             whole = merge(cut.slices(tensors))
         except VqError as error:
