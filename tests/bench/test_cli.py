@@ -12,7 +12,18 @@ from click.testing import CliRunner
 from bench import cli
 
 ROOT = Path(__file__).resolve().parents[2]
-COMMANDS = "bits compile convert doctor import inspect list predict quantize run".split()
+COMMANDS = [
+    "bits",
+    "compile",
+    "convert",
+    "doctor",
+    "import",
+    "inspect",
+    "list",
+    "predict",
+    "quantize",
+    "run",
+]
 
 
 def test_every_file_is_a_command_with_help() -> None:
