@@ -56,7 +56,7 @@ def upstream() -> Upstream:
     """The wheel, or a skipped test where there is none for this Python."""
     # what it prints: that it found no CUDA kernels
     with _stand_ins(), contextlib.redirect_stdout(io.StringIO()):
-        pytest.importorskip("vptq")
+        pytest.importorskip("vptq", reason="there is no wheel of vptq for this Python")
         gemm, pack = sys.modules["vptq.ops.quant_gemm"], sys.modules["vptq.utils.pack"]
         layer = sys.modules["vptq.layers.vqlinear"].VQuantLinear
     # on a machine with a GPU too, the torch path is the reference
