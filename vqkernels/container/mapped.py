@@ -14,16 +14,22 @@ from vqkernels.errors import ContainerError
 
 __all__ = ["MappedFile"]
 
+_AGAIN = "copy it again from its source"
+
 
 class MappedFile:
     """The bytes of a file, none of which stay in memory for being read.
 
     The mapping is of the file as it was opened, whatever gets its name later, and ends with the
-    object. `file` may be closed at once; it must not be empty.
+    object. `file` may be closed at once. Raises ContainerError where it has no `size` bytes, of
+    which there must be one.
     """
 
-    def __init__(self, file: IO[bytes]) -> None:
-        self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    def __init__(self, file: IO[bytes], size: int) -> None:
+        try:
+            self._map = mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ)
+        except ValueError as error:
+            raise ContainerError(f"was cut short while it was opened; {_AGAIN}") from error
 
     def __len__(self) -> int:
         return len(self._map)
@@ -35,7 +41,7 @@ class MappedFile:
         """
         # touching a page behind a file's end ends the process
         if self._map.size() < len(self):
-            raise ContainerError("was cut short while it was open; copy it again from its source")
+            raise ContainerError(f"was cut short while it was open; {_AGAIN}")
         numel = int(np.prod(shape, dtype=np.int64))
         size = numel * dtype.itemsize
         value = np.frombuffer(self._map, np.uint8, size, offset).copy()

@@ -305,7 +305,7 @@ def test_provenance_is_text(provenance: Any, path: Path) -> None:
 
 
 def test_too_much_provenance(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("vqkernels.container.manifest.MAX_TEXT", 2000)
+    monkeypatch.setattr("vqkernels.container.signed.MAX_TEXT", 2000)
     tensors = {"layer": preset_tensor("toy-16-4")}
     container.save(path, tensors, provenance={"note": "x" * 100})
     path.unlink()
@@ -366,7 +366,7 @@ def test_a_file_that_is_not_there(tmp_path: Path) -> None:
 
 
 def test_a_folder(tmp_path: Path) -> None:
-    not_loaded(tmp_path, "not a file")
+    not_loaded(tmp_path, "a folder without model.safetensors.index.json")
 
 
 def test_a_device() -> None:

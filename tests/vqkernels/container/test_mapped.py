@@ -14,6 +14,7 @@ import torch
 from tests.vqkernels.container.crafted import description_of, header_of
 from vqkernels import container
 from vqkernels.container import read
+from vqkernels.container.mapped import MappedFile
 from vqkernels.errors import ContainerError
 from vqkernels.presets import PRESETS
 from vqkernels.spec import CodebookSpec
@@ -92,17 +93,47 @@ def test_a_file_that_is_changed_while_it_is_open(path: Path) -> None:
     assert torch.equal(tensor.decode(), before)
 
 
-def test_a_file_that_is_replaced_while_it_is_being_opened(
-    path: Path, monkeypatch: pytest.MonkeyPatch
+def save_another(path: Path) -> None:
+    container.save(path, {"other": random_tensor(PRESETS["toy-16-4"], 16, 16)})
+
+
+def lengthen(path: Path) -> None:
+    with path.open("ab") as file:
+        file.write(b"more")
+
+
+@pytest.mark.parametrize(
+    ("before", "change", "says"),
+    [
+        (True, save_another, "was changed while it was opened; open it again"),
+        (True, lambda path: os.truncate(path, 100), "is truncated"),
+        (True, lambda path: os.truncate(path, 0), "is empty"),
+        (False, save_another, "was changed while it was opened"),
+        (False, lengthen, "was changed while it was opened"),
+        (False, lambda path: os.truncate(path, 100), "was changed while it was opened"),
+    ],
+)
+def test_a_file_that_is_changed_while_it_is_being_opened(
+    before: bool, change: Any, says: str, path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    tensors = {"layer": random_tensor(PRESETS["toy-16-4"], 16, 16)}
-    container.save(path, tensors)
+    def change_it(*args: Any, **options: Any) -> Any:
+        if before:
+            change(path)
+        opened = safe_open(*args, **options)
+        if not before:
+            change(path)
+        return opened
 
-    def replace_first(*args: Any, **options: Any) -> Any:
-        container.save(path, {"other": tensors["layer"]})
-        return safe_open(*args, **options)
-
+    container.save(path, {"layer": random_tensor(PRESETS["toy-16-4"], 16, 16)})
     safe_open = read.safe_open
-    monkeypatch.setattr(read, "safe_open", replace_first)
-    with pytest.raises(ContainerError, match="was replaced while it was opened; open it again"):
+    monkeypatch.setattr(read, "safe_open", change_it)
+    with pytest.raises(ContainerError, match=says):
         container.open_container(path)
+
+
+def test_a_file_that_is_cut_short_before_it_is_mapped(tmp_path: Path) -> None:
+    (tmp_path / "x").write_bytes(b"1234")
+    with (tmp_path / "x").open("rb") as file:
+        assert len(MappedFile(file, 4)) == 4
+        with pytest.raises(ContainerError, match="was cut short while it was opened"):
+            MappedFile(file, 5)
