@@ -83,6 +83,9 @@ def test_many_random_layers_equal_the_wheel(start: int, tmp_path: Path) -> None:
         {"num_centroids": [-1, 65536], "num_res_centroids": [-1, 65536], "vector_lens": [-1, 2]},
         # residual codes wider than main ones, which only an unpacked layer keeps
         {**UNPACKED, "num_res_centroids": [-1, 256]},
+        # other words for no outliers
+        {"vector_lens": [1, 4], "num_centroids": [32, 32], "num_res_centroids": [0, 8]},
+        {"num_centroids": [16, 32]},
     ],
 )
 def test_each_layout_equals_the_wheel(

@@ -57,7 +57,7 @@ from vqkernels.formats.vptq import VptqSource
         ({"group_num": 0}, "groups must be at least 1"),
         ({"group_num": 3, "group_size": -1}, "3 groups of 13 columns"),
         ({"outlier_size": 40, "group_size": -1}, "group_size must be at least 1"),
-        ({"num_centroids": [16, 32]}, "name outliers, but outlier_size is 0"),
+        ({**OUTLIERS, "outlier_size": 0, "group_size": 40}, "name outliers, but outlier_size is 0"),
         ({**OUTLIERS, "num_centroids": [65537, 32]}, "of 65537 entries in vectors of 3"),
         # the tensors are of another layer
         ({"in_features": 41, "group_size": 41}, "but config.json asks for int32 [1, 6, 11]"),
