@@ -103,6 +103,15 @@ def test_parts_that_share_memory_or_lie_transposed_survive(path: Path) -> None:
     assert_same(loaded["b"], tensor)
 
 
+def test_a_part_of_one_number_survives_whatever_its_stride(path: Path) -> None:
+    spec = CodebookSpec(vector_length=2, stages=(2,), scale_axis="row")
+    scale = torch.tensor([1.0, 2.0], dtype=torch.float16)[::2]
+    assert scale.is_contiguous() and scale.stride() == (2,)
+    tensor = random_tensor(spec, 1, 4, fit=False).replace_parts(scale=scale)
+    container.save(path, {"a": tensor})
+    assert torch.equal(container.load(path)["a"].parts["scale"], scale)
+
+
 def test_names_may_hold_slashes_spaces_quotes_and_letters_of_any_script(path: Path) -> None:
     names = ["a/codes", "a", "a b", 'say "hi"', "back\\slash", "слой.0", "__metadata__"]
     tensors = {name: preset_tensor("toy-16-4", seed=seed) for seed, name in enumerate(names)}
