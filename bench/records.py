@@ -33,7 +33,7 @@ SCHEMA_VERSION = 1
 _TYPES: dict[str, type | UnionType] = {
     **dict.fromkeys(("workload", "layer", "format", "dtype", "kernel"), str),
     **dict.fromkeys(("n", "k"), int | None),
-    "m": int,
+    **dict.fromkeys(("m", "stands_for"), int),
     "steps": list,
     **dict.fromkeys(("spec", "config", "device", "versions", "project", "state", "gate"), dict),
 }
@@ -44,7 +44,7 @@ class Case:
     """What was measured: everything of a record but the measurement and the machine.
 
     Several layers timed as one call have neither n nor k; `steps` names each with its shape,
-    kernel and config.
+    kernel and config. stands_for: so many layers of the workload are of this one's kind.
     """
 
     workload: str
@@ -64,6 +64,7 @@ class Case:
     relative_error: float | None
     effective_bits: float | None
     steps: Sequence[Mapping[str, Any]] = ()
+    stands_for: int = 1
 
 
 class RecordFile:

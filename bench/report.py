@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -50,10 +51,12 @@ def detail_rows(records: Sequence[Record]) -> list[dict[str, Any]]:
 def summary_rows(records: Sequence[Record]) -> list[dict[str, Any]]:
     """Detail rows with layers of one shape merged: medians over the layers, refusals left out."""
     groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
-    for row in detail_rows(records):
+    for row, record in zip(detail_rows(records), records, strict=True):
         if row["status"] != "constraint":
             key = (row["workload"], row["n"], row["k"], row["format"], row["m"], row["kernel"])
-            groups.setdefault((*key, row["timer"], row["status"]), []).append(row)
+            # one name is of several formats where it is the one that a layer is stored in
+            spec = json.dumps(record.get("spec"), sort_keys=True)
+            groups.setdefault((*key, spec, row["timer"], row["status"]), []).append(row)
     merged = [_merge(rows) for rows in groups.values()]
     order: dict[tuple[Any, ...], int] = {}
     for row in merged:
@@ -121,7 +124,7 @@ def _row(record: Record, dense_s: float | None) -> dict[str, Any]:
         name: record[name] for name in ("workload", "layer", "n", "k", "format", "m", "kernel")
     }
     row |= {"status": record["status"], "reason": record["reason"], "timer": _timer(record)}
-    row["bits"] = record["effective_bits"]
+    row |= {"bits": record["effective_bits"], "stands_for": record.get("stands_for", 1)}
     if record["status"] != "ok":
         return row
     measured = measurement_of(record)
@@ -138,12 +141,18 @@ def _row(record: Record, dense_s: float | None) -> dict[str, Any]:
     }
 
 
+def _kind(rows: Sequence[dict[str, Any]]) -> str:
+    """How many layers of the model the measured ones stand for, where these are not all."""
+    count = sum(row["stands_for"] for row in rows)
+    return f", for {count}" if count > len(rows) else ""
+
+
 def _merge(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     first = rows[0]
     if len(rows) == 1:
         shape = f" {first['n']}x{first['k']}" if first["n"] else ""  # several layers: no one shape
-        return first | {"layer": f"{first['layer']}{shape}"}
-    merged = dict(first) | {"layer": f"{len(rows)} of {first['n']}x{first['k']}"}
+        return first | {"layer": f"{first['layer']}{shape}{_kind(rows)}"}
+    merged = dict(first) | {"layer": f"{len(rows)} of {first['n']}x{first['k']}{_kind(rows)}"}
     for name in COLUMNS:
         values = [value for row in rows if isinstance(value := row.get(name), float)]
         if values:

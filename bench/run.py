@@ -20,7 +20,6 @@ from vqkernels.device import Device
 from vqkernels.errors import BackendError, UnsupportedError
 from vqkernels.kernel import Kernel
 from vqkernels.parts import effective_bits
-from vqkernels.presets import parse_format
 from vqkernels.problem import Problem
 
 __all__ = [
@@ -91,24 +90,37 @@ def run_plan(
 ) -> Iterator[dict[str, Any]]:
     """Yield each record once it is written; `progress` hears what comes next."""
     for workload, layer, name, ms in plan.layers():
-        progress(f"{workload.name} {layer.name} {name}: weights")
-        weight = make_or_refuse(workload, layer, name, seed=plan.seed)
-        for m in ms:
-            if isinstance(weight, Weight):
-                progress(f"{workload.name} {layer.name} {name} m={m}: reference")
-            product = make_product(plan, workload, layer, name, m, weight)
+        # a function of its own, so that a weight is let go before the next is made
+        for product in _products(plan, workload, layer, name, ms, progress):
             for kernel in plan.kernels:
-                progress(f"{workload.name} {layer.name} {name} m={m}: {kernel.id}")
+                progress(f"{workload.name} {layer.name} {name} m={product.m}: {kernel.id}")
                 before = device_state(plan.device)
                 measured = _measure(plan, kernel, product, bandwidth)
                 state = {"before": before, "after": device_state(plan.device)}
                 yield file.write(case_of(plan, product, kernel), measured, state)
+            del product
+
+
+def _products(
+    plan: Plan,
+    workload: Workload,
+    layer: Layer,
+    name: str,
+    ms: Sequence[int],
+    progress: Callable[[str], None],
+) -> Iterator[Product]:
+    progress(f"{workload.name} {layer.name} {name}: weights")
+    weight = make_or_refuse(workload, layer, name, seed=plan.seed)
+    for m in ms:
+        if isinstance(weight, Weight):
+            progress(f"{workload.name} {layer.name} {name} m={m}: reference")
+        yield make_product(plan, workload, layer, name, m, weight)
 
 
 def make_or_refuse(workload: Workload, layer: Layer, name: str, *, seed: int) -> Weight | str:
     """The layer's weight, or the sentence that says why there is none."""
     try:
-        return make_weight(workload, layer, parse_format(name), seed=seed)
+        return make_weight(workload, layer, layer.part_spec(name), seed=seed)
     except (UnsupportedError, BackendError) as error:
         return str(error)
 
@@ -129,22 +141,26 @@ def case_of(plan: Plan, product: Product, kernel: Kernel) -> Case:
     """The case of a kernel in its default config on a product."""
     return describe(
         kernel,
-        _problem(plan, product.layer, product.format, product.m),
+        _problem(plan, product),
         plan.device,
         workload=product.workload.name,
         layer=product.layer.name,
         name=product.format,
         seed=plan.seed,
         weight=product.weight if isinstance(product.weight, Weight) else None,
+        stands_for=product.layer.stands_for,
     )
 
 
-def _problem(plan: Plan, layer: Layer, name: str, m: int) -> Problem:
+def _problem(plan: Plan, product: Product) -> Problem:
+    if isinstance(product.subject, Subject):
+        return product.subject.problem
+    layer, name = product.layer, product.format
     try:
         spec = layer.spec(name)
     except UnsupportedError:  # of a case without a weight, whose record says why
-        spec = parse_format(name)
-    return Problem(m=m, n=layer.n, k=layer.k, spec=spec, dtype=plan.dtype)  # type: ignore[arg-type]  # click checked the choice
+        spec = layer.part_spec(name)
+    return Problem(m=product.m, n=layer.n, k=layer.k, spec=spec, dtype=plan.dtype)  # type: ignore[arg-type]  # click checked the choice
 
 
 def _measure(plan: Plan, kernel: Kernel, product: Product, bandwidth: Bandwidth) -> Measurement:
@@ -165,6 +181,7 @@ def describe(
     name: str,
     seed: int,
     weight: Weight | None,
+    stands_for: int = 1,
 ) -> Case:
     """The case of a kernel in its default config on a layer in the format called `name`."""
     bits = effective_bits([(problem.spec, problem.n, problem.k)]).per_weight() if weight else None
@@ -185,6 +202,7 @@ def describe(
         codes=weight.codes if weight else None,
         relative_error=weight.relative_error if weight else None,
         effective_bits=bits,
+        stands_for=stands_for,
     )
 
 

@@ -7,13 +7,17 @@ import fnmatch
 from collections.abc import Iterable, Iterator, Sequence
 
 from bench.peers import peers
-from bench.workload import Layer, Workload, load_workload
+from bench.workload import STORED, Layer, Workload, load_workload
 from vqkernels.device import Device
 from vqkernels.errors import SpecError
 from vqkernels.kernel import Kernel, registry
 from vqkernels.presets import PRESETS, parse_format
 
 __all__ = ["DEFAULT", "Selection", "byte_code_formats", "matching_kernels", "selections"]
+
+
+# Names of layers that an error lists: more than one block of any model has.
+_MOST_NAMES = 40
 
 
 def byte_code_formats() -> tuple[str, ...]:
@@ -25,10 +29,12 @@ def byte_code_formats() -> tuple[str, ...]:
 class Selection:
     """Layers of one workload in some formats, at some m. Layers and kernels by glob.
 
-    fuse: layers of one input as one, where the workload names them.
+    workload: its name, or the path of its file. model: the workload itself, where it is a stored
+    model. fuse: layers of one input as one, where the workload names them.
     """
 
     workload: str
+    model: Workload | None = None
     layers: tuple[str, ...] = ("*",)
     formats: tuple[str, ...]
     ms: tuple[int, ...] = (1,)
@@ -40,15 +46,15 @@ class Selection:
         Raises SpecError where a pattern matches no layer or a format is unknown.
         """
         for name in self.formats:
-            parse_format(name)  # before anything is measured
-        workload = load_workload(self.workload)
+            if name != STORED:
+                parse_format(name)  # before anything is measured
+        workload = self.model or load_workload(self.workload)
         if self.fuse:
             workload = workload.fused()
         names = [layer.name for layer in workload.layers]
         if unused := _unmatched(self.layers, names):
             raise SpecError(
-                f"workload {self.workload}: no layer matches {unused}; "
-                f"there are: {', '.join(names)}"
+                f"workload {self.workload}: no layer matches {unused}; there are: {_listed(names)}"
             )
         wanted = set(_matching(self.layers, names))
         chosen = [layer for layer in workload.layers if layer.name in wanted]
@@ -111,6 +117,11 @@ def matching_kernels(patterns: Sequence[str], device: Device | None = None) -> l
     if not patterns and device is not None:
         chosen = [kernel for kernel in chosen if device.kind in kernel.runs_on]
     return sorted(chosen, key=lambda kernel: kernel.reads != "dense")
+
+
+def _listed(names: Sequence[str]) -> str:
+    more = len(names) - _MOST_NAMES
+    return ", ".join(names[:_MOST_NAMES]) + (f" and {more} more" if more > 0 else "")
 
 
 def _matching(patterns: Iterable[str], names: Iterable[str]) -> list[str]:

@@ -1,4 +1,4 @@
-"""The weight of a workload's layer in a format: real and quantised here, or made at random."""
+"""The weight of a workload's layer in a format: as stored, quantised here, or made at random."""
 
 from __future__ import annotations
 
@@ -52,14 +52,19 @@ def weights_file(workload: Workload) -> Path | None:
 def make_weight(workload: Workload, layer: Layer, spec: CodebookSpec, *, seed: int = 0) -> Weight:
     """Quantise the layer's real weight, or make codes and codebooks at random for its shape.
 
+    A stored model's weight is read as it is, checked, and has `spec` already.
+
     A fused layer's parts are made one by one, in `spec`, and then fused.
 
     Raises UnsupportedError where the layer can't hold the format, BackendError where the weights
-    are not installed, ContainerError where their file is damaged, and SpecError where it holds
-    another shape.
+    are not installed, ContainerError or TensorError where their file is damaged, and SpecError
+    where it holds another shape.
     """
     if layer.parts:
         return _fused(workload, layer, spec, seed)
+    if workload.matrices is not None:
+        assert layer.tensor is not None, "a stored layer has a weight"
+        return Weight(workload.matrices[layer.tensor], "trained")
     check_fit(spec, layer.n, layer.k)
     path = weights_file(workload)
     if path is None or layer.tensor is None:
@@ -75,9 +80,11 @@ def _fused(workload: Workload, layer: Layer, spec: CodebookSpec, seed: int) -> W
         for number, part in enumerate(layer.parts)
     ]
     tensor = fuse([one.tensor for one in made])
-    path = weights_file(workload)
-    if path is None or any(one.codes == "uniform" for one in made):
+    if any(one.codes == "uniform" for one in made):
         return Weight(tensor, "uniform")
+    path = weights_file(workload)
+    if path is None:
+        return Weight(tensor, "trained")
     dense = torch.cat([_dense(workload, path, part) for part in layer.parts])
     return Weight(tensor, "trained", relative_error(dense, tensor))
 

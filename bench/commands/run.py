@@ -14,6 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from autotune.bandwidth import Bandwidth, measure_bandwidth
 from autotune.timers import Budget
 from bench import report
+from bench.model import model_selection
 from bench.options import selecting, usual_dtype, where
 from bench.records import RecordFile
 from bench.run import Plan, failures, header, run_plan
@@ -26,6 +27,11 @@ __all__ = ["command"]
 
 @click.command("run")
 @selecting
+@click.option(
+    "--model",
+    type=click.Path(path_type=Path),
+    help="A stored model: container, imported folder or checkpoint.",
+)
 @click.option("--seed", default=0, help="Of activations, synthetic weights and the quantizer.")
 @click.option("--time", "seconds", default=0.1, help="Seconds of samples a case.")
 @click.option("--samples", default=200, type=click.IntRange(7), help="At most so many samples.")
@@ -43,6 +49,7 @@ def command(
     device: str,
     threads: int | None,
     dtype: str | None,
+    model: Path | None,
     seed: int,
     seconds: float,
     samples: int,
@@ -54,12 +61,20 @@ def command(
     """Measure lookup+GEMM kernels: each is checked against a float64 oracle, then timed.
 
     Without options: every linear layer of MiniLM (real weights, quantised on the spot) at
-    rq-2x256x8, and two layers of LLaMA-2 7B in every format of up to 256 entries. Records go to
+    rq-2x256x8, and two layers of LLaMA-2 7B in every format of up to 256 entries. With --model, the
+    matrices of a stored model with the codes and in the format that they have: one of each kind
+    (last part of the name, shape, format), or those that --layer names. Records go to
     RESULTS/<device>/; the table to standard output. Ctrl-C keeps what is done.
     """
+    if model is not None and (workloads or formats):
+        raise click.UsageError("--model is a workload with formats of its own; drop -w and -f")
     chosen = where(device, threads)
+    if model is None:
+        selected = selections(workloads, layers, formats, ms, fuse)
+    else:
+        selected = (model_selection(model, layers, ms, fuse=fuse),)
     plan = Plan(
-        selections=selections(workloads, layers, formats, ms, fuse),
+        selections=selected,
         kernels=tuple(matching_kernels(kernels, chosen)),
         device=chosen,
         dtype=dtype or usual_dtype(chosen),
@@ -69,6 +84,9 @@ def command(
     )
     # what is printed is data (names, reasons, paths): no markup, no emoji, no colours
     console = Console(stderr=True, markup=False, emoji=False, highlight=False)
+    for one in plan.selections:
+        if one.model is not None:
+            console.print(f"{one.workload}: {one.model.about}", soft_wrap=True)
     records, path, interrupted = _execute(plan, results / chosen.slug, console)
     _print(records, output, all_layers=all_layers)
     _explain(records, path, console)

@@ -9,6 +9,7 @@ their keys hold a `/`. Nothing follows the last part. Version 1 has neither pads
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from collections.abc import Mapping
@@ -20,7 +21,7 @@ from vqkernels.container.checksums import raw_bytes
 from vqkernels.container.stored import DTYPES
 from vqkernels.errors import ContainerError
 
-__all__ = ["ALIGNMENT", "find_pads", "lay_out"]
+__all__ = ["ALIGNMENT", "Place", "lay_out", "locate"]
 
 ALIGNMENT = 64  # bytes: a cache line, and the widest vector load of any CPU
 
@@ -53,38 +54,59 @@ def _entry(dtype: str, shape: list[int], start: int, nbytes: int | None = None) 
     return {"dtype": dtype, "shape": shape, "data_offsets": [start, start + size]}
 
 
-def find_pads(file: Any, parts: Mapping[str, int], file_size: int) -> dict[str, str]:
-    """The pad after each part that has one, by the part's key.
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """Where a part lies: bytes from the file's start, and the pad behind it, if there is one."""
 
-    file: open, so without holes and as long as its header says, `file_size`.
+    offset: int
+    nbytes: int
+    pad: str = ""
+    pad_nbytes: int = 0
+
+
+def locate(
+    file: Any, parts: Mapping[str, int], file_size: int, *, padded: bool
+) -> dict[str, Place]:
+    """The place of each part, by key.
+
+    file: as the safetensors library opened it, so without holes and as long as its header says,
+        `file_size`.
     parts: bytes of each part, by key; all of them are in the file.
+    padded: whether parts lie at multiples of 64 bytes, with pads between them.
 
     Raises ContainerError for a tensor that is neither part nor pad, and for a part that lies
-    elsewhere than at a multiple of 64 bytes. That pads are zeros is for their readers to check.
+    elsewhere. That pads are zeros is for their readers to check.
     """
     order = file.offset_keys()
+    if strange := sorted(
+        key for key in order if key not in parts and not (padded and _is_pad(key))
+    ):
+        raise ContainerError(f"{strange[0]!r} belongs to no tensor of the description")
     sizes = {key: parts[key] if key in parts else _pad_size(file, key) for key in order}
-    pads: dict[str, str] = {}
-    place, before = file_size - sum(sizes.values()), ""
-    for number, key in enumerate(order):
+    places: dict[str, Place] = {}
+    offset, before, pads = file_size - sum(sizes.values()), "", 0
+    for key in order:
         if key in parts:
-            if place % ALIGNMENT:
-                raise ContainerError(f"{key!r} lies at byte {place:,}, no multiple of {ALIGNMENT}")
+            if padded and offset % ALIGNMENT:
+                raise ContainerError(f"{key!r} lies at byte {offset:,}, no multiple of {ALIGNMENT}")
+            places[key], before = Place(offset, sizes[key]), key
         else:
-            last = number == len(order) - 1
-            if not before or last or key != f"~{len(pads)}" or sizes[key] != -place % ALIGNMENT:
+            last = key == order[-1]
+            if not before or last or key != f"~{pads}" or sizes[key] != -offset % ALIGNMENT:
                 raise ContainerError(
-                    f"{key!r} is no pad number {len(pads)} to a multiple of {ALIGNMENT} bytes"
+                    f"{key!r} is no pad number {pads} to a multiple of {ALIGNMENT} bytes"
                 )
-            pads[before] = key
-        before = key
-        place += sizes[key]
-    return pads
+            places[before] = dataclasses.replace(places[before], pad=key, pad_nbytes=sizes[key])
+            pads, before = pads + 1, ""
+        offset += sizes[key]
+    return places
+
+
+def _is_pad(key: str) -> bool:
+    return key.startswith("~") and "/" not in key
 
 
 def _pad_size(file: Any, key: str) -> int:
-    if "/" in key or not key.startswith("~"):
-        raise ContainerError(f"{key!r} belongs to no tensor of the description")
     found = file.get_slice(key)
     shape = found.get_shape()
     if str(found.get_dtype()) != "U8" or len(shape) != 1 or not 0 < shape[0] < ALIGNMENT:

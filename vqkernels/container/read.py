@@ -1,17 +1,15 @@
 """Reading container files, one matrix at a time.
 
-Reading goes through the safetensors library, which bounds every offset by the file's size; then
+The header is read by the safetensors library, which bounds every offset by the file's size; then
 shapes, checksums, ranges and NaN are checked, in that order, before a tensor is handed out.
 """
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
-import math
-from collections.abc import Iterator, Mapping, Set
+import os
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -19,17 +17,14 @@ from torch import Tensor
 
 from vqkernels.container.base import Container
 from vqkernels.container.checksums import decoded_sha256, sha256
-from vqkernels.container.codes import check_expansion, check_usage, restore_codes
-from vqkernels.container.layout import find_pads
-from vqkernels.container.manifest import ContainerInfo, TensorInfo, from_header, located
-from vqkernels.container.stored import DTYPES, stored_table
-from vqkernels.errors import ContainerError, VqError
-from vqkernels.parts import check_shape
+from vqkernels.container.codes import check_usage, restore_codes
+from vqkernels.container.headers import AGAIN, StoredTensor, checked_header
+from vqkernels.container.manifest import ContainerInfo, TensorInfo, located
+from vqkernels.container.mapped import MappedFile
+from vqkernels.errors import ContainerError
 from vqkernels.tensor import QuantizedTensor
 
 __all__ = ["FileContainer", "open_file"]
-
-_AGAIN = "copy it again from its source, or quantise again"
 
 
 class FileContainer(Container):
@@ -38,9 +33,11 @@ class FileContainer(Container):
     A file that is replaced meanwhile (as `save` does) stays readable here as it was.
     """
 
-    def __init__(self, path: Path, file: Any, info: ContainerInfo, pads: Mapping[str, str]) -> None:
+    def __init__(
+        self, path: Path, file: MappedFile, info: ContainerInfo, stored: Mapping[str, StoredTensor]
+    ) -> None:
         super().__init__(path, info)
-        self._file, self._pads = file, pads
+        self._file, self._stored = file, stored
 
     def __getitem__(self, name: str) -> QuantizedTensor:
         info = self._outlines[name]
@@ -77,19 +74,18 @@ class FileContainer(Container):
         return {part: self._part(info, part) for part in info.part_bytes}
 
     def _part(self, info: TensorInfo, part: str) -> Tensor:
-        """A stored part, its checksum checked, and the zeros behind it.
-
-        A copy: what is checked has to be what is used, and a mapped file may be changed under us,
-        or truncated, which ends a process that touches it then.
-        """
-        key, where = f"{info.name}/{part}", f"tensor {info.name!r}"
-        value: Tensor = self._file.get_tensor(key).clone()
+        """A copy of a stored part, its checksum checked, and the zeros behind it."""
+        stored, where = self._stored[f"{info.name}/{part}"], f"tensor {info.name!r}"
+        place = stored.place
+        value = self._file.tensor(place.offset, stored.shape, stored.dtype)
         if sha256(value) != info.checksums[part]:
-            raise ContainerError(f"{where}: {part} doesn't match its checksum; {_AGAIN}")
-        if (pad := self._pads.get(key)) and bool(self._file.get_tensor(pad).any()):
-            raise ContainerError(
-                f"{where}: {pad!r}, behind {part}, holds more than zeros; {_AGAIN}"
-            )
+            raise ContainerError(f"{where}: {part} doesn't match its checksum; {AGAIN}")
+        if place.pad:
+            behind = self._file.tensor(place.offset + place.nbytes, [place.pad_nbytes], torch.uint8)
+            if bool(behind.any()):
+                raise ContainerError(
+                    f"{where}: {place.pad!r}, behind {part}, holds more than zeros; {AGAIN}"
+                )
         return value
 
     def _restored(self, info: TensorInfo, parts: Mapping[str, Tensor]) -> QuantizedTensor:
@@ -105,9 +101,14 @@ def open_file(path: Path) -> FileContainer:
     """The container file at `path`, of several or by itself; see `open_container`."""
     with located(path), _explained(path):
         _check_file(path)
-        size = path.stat().st_size
-        file = safe_open(path, framework="pt")
-        return FileContainer(path, file, *_checked_info(file, size))
+        with path.open("rb") as opened:
+            before = os.fstat(opened.fileno())
+            header = safe_open(path, framework="pt")
+            after = path.stat()
+            if not os.path.samestat(before, after) or before.st_size != after.st_size:
+                raise ContainerError("was changed while it was opened; open it again")
+            file = MappedFile(opened, before.st_size)
+        return FileContainer(path, file, *checked_header(header, len(file)))
 
 
 @contextlib.contextmanager
@@ -119,7 +120,7 @@ def _explained(path: Path) -> Iterator[None]:
         reason = error.strerror or str(error)
         raise ContainerError(f"can't be read ({reason}); check the path and its mode") from error
     except SafetensorError as error:
-        raise ContainerError(f"{_kind(path)} ({_one_line(error)}); {_AGAIN}") from error
+        raise ContainerError(f"{_kind(path)} ({_one_line(error)}); {AGAIN}") from error
 
 
 def _check_file(path: Path) -> None:
@@ -141,60 +142,3 @@ def _kind(path: Path) -> str:
 
 def _one_line(error: Exception) -> str:
     return str(error).splitlines()[0] if str(error) else type(error).__name__
-
-
-def _checked_info(file: Any, file_size: int) -> tuple[ContainerInfo, dict[str, str]]:
-    """The description, once every tensor in the header has the shape and dtype it implies; pads.
-
-    Shapes in the header are bounded by the file's size, so those of the description are too.
-    """
-    info = from_header(file.metadata())
-    present = set(file.keys())
-    described = []
-    for tensor in info.tensors:
-        with _about(f"tensor {tensor.name!r}"):
-            sizes = _checked_parts(file, tensor, present)
-            check_expansion(tensor, sizes)
-        described.append(dataclasses.replace(tensor, part_bytes=sizes))
-    parts = {
-        f"{tensor.name}/{part}": size
-        for tensor in described
-        for part, size in tensor.part_bytes.items()
-    }
-    pads = {}
-    if info.version > 1:
-        with _about():
-            pads = find_pads(file, parts, file_size)
-    elif extra := sorted(present - set(parts)):
-        raise ContainerError(f"{extra[0]!r} belongs to no tensor of the description; {_AGAIN}")
-    return dataclasses.replace(info, tensors=tuple(described)), pads
-
-
-def _checked_parts(file: Any, tensor: TensorInfo, present: Set[str]) -> dict[str, int]:
-    """Bytes of each part. Raises ContainerError unless the header says of them what it should."""
-    check_shape(tensor.spec, tensor.n, tensor.k)
-    table = stored_table(tensor)
-    if set(tensor.checksums) != set(table):
-        raise ContainerError("its parts don't go with its format")
-    if absent := sorted(
-        set(table) - {part for part in table if f"{tensor.name}/{part}" in present}
-    ):
-        raise ContainerError(f"'{tensor.name}/{absent[0]}' is missing")
-    sizes = {}
-    for part, entry in table.items():
-        found = file.get_slice(f"{tensor.name}/{part}")
-        shape, dtype = found.get_shape(), str(found.get_dtype())
-        kind = next((kind for kind, name in DTYPES.items() if name == dtype), torch.bool)
-        if not entry.fits(shape, kind):
-            raise ContainerError(f"{part} is {dtype} {list(shape)}, but the format needs {entry}")
-        sizes[part] = math.prod(shape) * kind.itemsize
-    return sizes
-
-
-@contextlib.contextmanager
-def _about(where: str = "") -> Iterator[None]:
-    """Errors inside as ContainerErrors with `where` in front and a fix behind."""
-    try:
-        yield
-    except VqError as error:
-        raise ContainerError(f"{where}{where and ': '}{error}; {_AGAIN}") from error

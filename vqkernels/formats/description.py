@@ -6,6 +6,7 @@
     provenance: strings by name
     tensors: a list of
         name, n, k, bias (true if one is stored), spec (the fields of CodebookSpec)
+        made: how the matrix was made (see `container.origin`); missing where nothing is known
         parts: by name, in `part_table`'s order: dtype, shape, sha256 of the bytes, and for plain
             files the name of the file
     sha256: of all the rest, as JSON with sorted keys, no spaces, and non-ASCII characters escaped
@@ -31,7 +32,7 @@ from torch import Tensor
 
 from vqkernels.container.checksums import raw_bytes, sha256
 from vqkernels.container.manifest import check_name, outline_in, strings
-from vqkernels.container.origin import checked_provenance
+from vqkernels.container.origin import Made, check_made, checked_provenance, frozen_made
 from vqkernels.container.signed import MAX_TEXT, field, json_object
 from vqkernels.errors import ContainerError, VqError
 from vqkernels.parts import Part, check_shape
@@ -46,7 +47,6 @@ __all__ = [
     "DescribedTensor",
     "Description",
     "Writer",
-    "needed_bytes",
     "parse",
     "read_exactly",
     "readable",
@@ -66,12 +66,17 @@ class DescribedPart:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class DescribedTensor:
-    """One matrix: what its data has to fit, and its parts by name."""
+class DescribedTensor(Outline):
+    """One matrix: its parts by name, and how it was made (see `container.origin`)."""
 
     name: str
-    outline: Outline
     parts: Mapping[str, DescribedPart]
+    made: Made = dataclasses.field(default_factory=dict)
+
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes of its parts: they lie as they are in memory."""
+        return self.nbytes
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -103,15 +108,14 @@ class DescribedSource(TensorSource):
         # the Mapping's own would read the matrix
         return name in self._tensors
 
-    def outline(self, name: str) -> Outline:
-        """What is known of matrix `name`: the description was checked as it was read."""
-        return self._tensors[name].outline
+    def outline(self, name: str) -> DescribedTensor:
+        """What the description says of matrix `name`."""
+        return self._tensors[name]
 
     def __getitem__(self, name: str) -> QuantizedTensor:
         tensor = self._tensors[name]
-        where, outline = f"{self.path}: tensor {name!r}", tensor.outline
-        parts = {}
-        for part, entry in outline.table().items():
+        where, parts = f"{self.path}: tensor {name!r}", {}
+        for part, entry in tensor.table().items():
             try:
                 with readable():
                     parts[part] = self._read(tensor, part, entry)
@@ -119,7 +123,7 @@ class DescribedSource(TensorSource):
                 raise ContainerError(f"{where}: {part} {error}") from error
             if sha256(parts[part]) != tensor.parts[part].checksum:
                 raise ContainerError(f"{where}: {part} doesn't match its checksum; {AGAIN}")
-        found = QuantizedTensor(outline.spec, outline.n, outline.k, parts)
+        found = QuantizedTensor(tensor.spec, tensor.n, tensor.k, parts)
         found.validate(where)
         return found
 
@@ -151,15 +155,6 @@ def read_exactly(file: IO[bytes], entry: Part) -> Tensor:
     return value
 
 
-def needed_bytes(source: Mapping[str, QuantizedTensor]) -> int:
-    """Bytes of all parts of `source`. Raises ContainerError for no tensors, or a bad name."""
-    if not source:
-        raise ContainerError("no tensors to save; name one at least")
-    for name in source:
-        check_name(name)
-    return sum(outline_of(source, name).nbytes for name in source)
-
-
 def stored_parts(name: str, tensor: QuantizedTensor) -> Iterator[tuple[str, Tensor]]:
     """Parts of a valid `tensor`, on the CPU and contiguous, in the order of storage."""
     tensor.validate(f"tensor {name!r}")
@@ -173,15 +168,36 @@ def stored_parts(name: str, tensor: QuantizedTensor) -> Iterator[tuple[str, Tens
 
 
 class Writer:
-    """Collects what was stored, for the description that is written last."""
+    """Collects what is stored, for the description that is written last.
 
-    def __init__(self, kind: str, provenance: Mapping[str, str] | None) -> None:
-        self._kind = kind
+    need: bytes of all parts of the source. Raises ContainerError for no tensors, or a bad name.
+    """
+
+    def __init__(
+        self,
+        kind: str,
+        source: Mapping[str, QuantizedTensor],
+        provenance: Mapping[str, str] | None,
+        made: Mapping[str, Made] | None,
+    ) -> None:
+        if not source:
+            raise ContainerError("no tensors to save; name one at least")
+        for name in source:
+            check_name(name)
+        self._kind, self._made = kind, dict(made or {})
         self._origin = checked_provenance(provenance)
+        if strange := sorted(set(self._made) - set(source)):
+            raise ContainerError(f"made is of {strange[0]!r}, which is no tensor; check the name")
+        self.need = sum(outline_of(source, name).nbytes for name in source)
         self._tensors: list[dict[str, Any]] = []
 
     def begin(self, name: str, tensor: QuantizedTensor) -> None:
         """What follows are the parts of `tensor`."""
+        made = self._made.get(name, {})
+        try:
+            check_made(made)
+        except ContainerError as error:
+            raise ContainerError(f"tensor {name!r}: {error}; leave it out or correct it") from error
         self._tensors.append(
             {
                 "name": name,
@@ -189,6 +205,7 @@ class Writer:
                 "k": tensor.k,
                 "bias": tensor.bias is not None,
                 "spec": tensor.spec.to_dict(),
+                **({"made": dict(made)} if made else {}),
                 "parts": {},
             }
         )
@@ -262,13 +279,22 @@ def _tensor(entry: Any) -> DescribedTensor:
     where = f"tensor {name!r}"
     try:
         check_shape(outline.spec, outline.n, outline.k)
+        check_made(made := entry.get("made", {}))
     except VqError as error:
         raise ContainerError(f"{where}: {error}; {AGAIN}") from error
     table, parts = outline.table(), field(entry, "parts", dict, where)
     if set(parts) != set(table):
         raise ContainerError(f"{where}: its parts don't go with its format; {AGAIN}")
     found = {part: _part(parts[part], table[part], f"{where}: {part}") for part in table}
-    return DescribedTensor(name=name, outline=outline, parts=found)
+    return DescribedTensor(
+        name=name,
+        spec=outline.spec,
+        n=outline.n,
+        k=outline.k,
+        bias=outline.bias,
+        parts=found,
+        made=frozen_made(made),
+    )
 
 
 def _part(entry: object, expected: Part, where: str) -> DescribedPart:

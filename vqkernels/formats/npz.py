@@ -25,6 +25,7 @@ from torch import Tensor
 from vqkernels.atomic import staged
 from vqkernels.container.checksums import raw_bytes
 from vqkernels.container.manifest import located
+from vqkernels.container.origin import Made
 from vqkernels.container.signed import MAX_TEXT
 from vqkernels.errors import ContainerError
 from vqkernels.formats.description import (
@@ -32,7 +33,6 @@ from vqkernels.formats.description import (
     DescribedSource,
     DescribedTensor,
     Writer,
-    needed_bytes,
     parse,
     read_exactly,
     readable,
@@ -56,16 +56,22 @@ def save_npz(
     source: Mapping[str, QuantizedTensor],
     *,
     provenance: Mapping[str, str] | None = None,
+    made: Mapping[str, Made] | None = None,
 ) -> None:
     """Write the matrices of `source` to `path`, whole or not at all; a file there is replaced.
 
-    One matrix at a time is in memory. Equal arguments give equal bytes. Raises TensorError for an
-    invalid tensor, and ContainerError where the file can't be written.
+    One matrix at a time is in memory. `provenance` and `made` are as for a container. Equal
+    arguments give equal bytes. Raises TensorError for an invalid tensor, and ContainerError where
+    the file can't be written.
     """
     path = Path(path)
     with located(path):
-        need, writer = needed_bytes(source), Writer(KIND, provenance)
-    with staged(path, need=need) as made, zipfile.ZipFile(made, "x") as archive, located(path):
+        writer = Writer(KIND, source, provenance, made)
+    with (
+        staged(path, need=writer.need) as staging,
+        zipfile.ZipFile(staging, "x") as archive,
+        located(path),
+    ):
         for name in source:
             tensor = source[name]
             writer.begin(name, tensor)
@@ -165,7 +171,7 @@ def _check_members(
     expected = {f"{_KEY}.npy"}
     for tensor in tensors:
         where = f"tensor {tensor.name!r}"
-        for part, entry in tensor.outline.table().items():
+        for part, entry in tensor.table().items():
             key = f"{tensor.name}/{part}.npy"
             if key not in members:
                 raise ContainerError(f"{where}: {part} is missing; {AGAIN}")

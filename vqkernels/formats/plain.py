@@ -25,6 +25,7 @@ from torch import Tensor
 from vqkernels.atomic import staged
 from vqkernels.container.checksums import raw_bytes
 from vqkernels.container.manifest import located
+from vqkernels.container.origin import Made
 from vqkernels.container.signed import MAX_TEXT
 from vqkernels.errors import ContainerError
 from vqkernels.formats.description import (
@@ -32,7 +33,6 @@ from vqkernels.formats.description import (
     DescribedSource,
     DescribedTensor,
     Writer,
-    needed_bytes,
     parse,
     read_exactly,
     readable,
@@ -54,27 +54,28 @@ def save_plain(
     source: Mapping[str, QuantizedTensor],
     *,
     provenance: Mapping[str, str] | None = None,
+    made: Mapping[str, Made] | None = None,
 ) -> None:
     """Write the matrices of `source` as files in a new `folder`, whole or not at all.
 
-    One matrix at a time is in memory. An earlier set in `folder` is replaced as a whole; a folder
-    that holds anything else is left alone. Raises TensorError for an invalid tensor, and
-    ContainerError where the files can't be written.
+    One matrix at a time is in memory. `provenance` and `made` are as for a container. An earlier
+    set in `folder` is replaced as a whole; a folder that holds anything else is left alone. Raises
+    TensorError for an invalid tensor, and ContainerError where the files can't be written.
     """
     folder = Path(folder)
     with located(folder):
         _check_free(folder)
-        need, writer = needed_bytes(source), Writer(KIND, provenance)
-    with staged(folder, need=need) as made, located(folder):
-        made.mkdir()
+        writer = Writer(KIND, source, provenance, made)
+    with staged(folder, need=writer.need) as staging, located(folder):
+        staging.mkdir()
         for name in source:
             tensor = source[name]
             writer.begin(name, tensor)
             for part, value in stored_parts(name, tensor):
                 file = file_name(name, part, len(tensor.spec.stages))
                 writer.add(part, value, file)
-                (made / file).write_bytes(raw_bytes(value))
-        (made / INDEX).write_bytes(writer.text())
+                (staging / file).write_bytes(raw_bytes(value))
+        (staging / INDEX).write_bytes(writer.text())
 
 
 class PlainSource(DescribedSource):
@@ -91,7 +92,7 @@ class PlainSource(DescribedSource):
         with located(index), readable():
             super().__init__(index, parse(_text(index), KIND))
             for tensor in self._tensors.values():
-                for part, entry in tensor.outline.table().items():
+                for part, entry in tensor.table().items():
                     where = f"tensor {tensor.name!r}: {part}"
                     _check_file(self._folder, tensor.parts[part].file, entry, where)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import tempfile
 from collections.abc import Callable
@@ -22,6 +23,7 @@ from tests.vqkernels.container.crafted import (
     write,
 )
 from vqkernels import container
+from vqkernels.container import codes
 from vqkernels.errors import ContainerError, TensorError, VqError
 from vqkernels.spec import CodebookSpec
 from vqkernels.tensor import QuantizedTensor, random_tensor
@@ -41,14 +43,28 @@ def small() -> QuantizedTensor:
     return random_tensor(SPEC, 6, 9, bias=True)
 
 
-def small_container() -> bytes:
+def saved(tensor: QuantizedTensor, **options: Any) -> bytes:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "x")
-        container.save(path, {"é/layer": small()}, provenance={"note": 'ä "quoted" \x0b text'})
+        options["provenance"] = {"note": 'ä "quoted" \x0b text'}
+        container.save(path, {"é/layer": tensor}, made={"é/layer": {"error": 0.25}}, **options)
         return path.read_bytes()
 
 
-WHOLE = small_container()
+def coded() -> bytes:
+    """With an ANS stream: only a matrix of some size has one by itself."""
+    tensor = random_tensor(dataclasses.replace(SPEC, stages=(5, 1)), 6, 60)
+    few = torch.minimum(tensor.parts["codes"], tensor.parts["codes"].flip(0))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(codes, "_PART_COST", 0)
+        content = saved(tensor.replace_parts(codes=few), codes="ans", usage=False)
+    assert b'/ans_0"' in content
+    assert b'/ans_1"' not in content
+    return content
+
+
+WHOLE = saved(small())
+CODED = coded()
 
 
 def load_bytes(content: bytes) -> str:
@@ -75,12 +91,12 @@ def flip(content: bytes, bit: int) -> bytes:
 
 
 @settings(max_examples=1500)
-@given(st.integers(0, len(WHOLE) * 8 - 1))
-@example(0)
-@example(63)
-@example(len(WHOLE) * 8 - 1)
-def test_any_flipped_bit_is_an_error(bit: int) -> None:
-    load_bytes(flip(WHOLE, bit))
+@given(st.booleans(), st.integers(0, len(WHOLE) * 8 - 1))
+@example(False, 0)
+@example(False, 63)
+@example(False, len(WHOLE) * 8 - 1)
+def test_any_flipped_bit_is_an_error(from_end: bool, bit: int) -> None:
+    load_bytes(flip(CODED, len(CODED) * 8 - 1 - bit) if from_end else flip(WHOLE, bit))
 
 
 def test_a_letter_of_the_header_in_another_case_is_an_error() -> None:
@@ -94,19 +110,21 @@ def test_a_letter_of_the_header_in_another_case_is_an_error() -> None:
 
 
 @pytest.mark.sweep
-def test_every_flipped_bit_is_an_error() -> None:
-    for bit in range(len(WHOLE) * 8):
-        load_bytes(flip(WHOLE, bit))
+@pytest.mark.parametrize(("content", "step"), [(WHOLE, 3), (CODED, 5)], ids=["packed", "ans"])
+def test_every_few_bits_a_flipped_one_is_an_error(content: bytes, step: int) -> None:
+    for bit in range(0, len(content) * 8, step):
+        load_bytes(flip(content, bit))
 
 
 @settings(max_examples=400)
-@given(st.integers(0, len(WHOLE) - 1))
-@example(0)
-@example(7)
-@example(8)
-@example(len(WHOLE) - 1)
-def test_any_truncation_is_an_error(length: int) -> None:
-    load_bytes(WHOLE[:length])
+@given(st.sampled_from([WHOLE, CODED]), st.integers(0, len(WHOLE) - 1))
+@example(WHOLE, 0)
+@example(WHOLE, 7)
+@example(WHOLE, 8)
+@example(WHOLE, len(WHOLE) - 1)
+@example(CODED, len(CODED) - 1)
+def test_any_truncation_is_an_error(content: bytes, length: int) -> None:
+    load_bytes(content[: min(length, len(content) - 1)])
 
 
 @given(st.binary(min_size=1, max_size=64))
@@ -279,7 +297,7 @@ EDITS: dict[str, tuple[Callable[[Any, Tensors], Any], str]] = {
     "spec unknown field": (edit_spec(colour=1), "'layer': format: unknown field 'colour'"),
     "spec stages a number": (edit_spec(stages=5), "stages must be a list"),
     "spec stages of lists": (edit_spec(stages=[[5], 3]), "stages must be a list"),
-    "spec other stages": (edit_spec(stages=[5, 4]), "usage_1 is .* the format needs"),
+    "spec other stages": (edit_spec(stages=[5, 4]), "codebook_1 is .* the format needs"),
     "spec vector_length huge": (edit_spec(vector_length=HUGE), "vector_length is over"),
     "spec stride large": (edit_spec(stride=2**31 - 1), "the format needs"),
     "spec stage huge": (edit_spec(stages=[HUGE, 3]), "stages is over"),

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from vqkernels.formats.description import DescribedTensor
 from vqkernels.spec import CodebookSpec
 from vqkernels.tensor import QuantizedTensor, random_tensor
 
@@ -65,6 +66,13 @@ def assert_same(found: QuantizedTensor, expected: QuantizedTensor) -> None:
         other = found.parts[name]
         assert (other.dtype, other.shape) == (value.dtype, value.shape), name
         assert torch.equal(other.view(torch.uint8), value.contiguous().view(torch.uint8)), name
+
+
+def assert_tells(outline: DescribedTensor, tensor: QuantizedTensor) -> None:
+    """An outline from a description is that of `tensor`."""
+    assert (outline.spec, outline.n, outline.k) == (tensor.spec, tensor.n, tensor.k)
+    assert outline.bias == (tensor.bias is not None)
+    assert outline.stored_bytes == sum(part.nbytes for part in tensor.parts.values())
 
 
 def redescribed(content: Any, parts: Iterable[tuple[str, str, bytes]]) -> Any:
@@ -130,6 +138,8 @@ DESCRIPTION_EDITS: dict[str, tuple[Callable[[Any], str | None], str]] = {
     "no k": (_edit_tensor(k="9"), "tensor 'layer': k should be"),
     "bias a number": (_edit_tensor(bias=1), "tensor 'layer': bias should be"),
     "no bias": (_edit_tensor(bias=False), "tensor 'layer': its parts don't go with"),
+    "made a list": (_edit_tensor(made=[]), "tensor 'layer': made is no object"),
+    "made at infinity": (_edit_tensor(made={"error": -1}), "tensor 'layer': made: error is -1"),
     "parts a list": (_edit_tensor(parts=[]), "tensor 'layer': parts should be"),
     "a part too many": (
         lambda content: content["tensors"][0]["parts"].update(x={}),

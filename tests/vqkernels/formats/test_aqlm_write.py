@@ -111,6 +111,14 @@ def test_wide_vectors_are_read_back(dtype: str, tmp_path: Path) -> None:
     assert all(same(source[name], tensor) for name, tensor in tensors.items())
 
 
+def test_a_single_vector_is_read_back(tmp_path: Path) -> None:
+    # of tensors of one number torch keeps any strides
+    tensor = random_tensor(WIDE, 2, 4, fit=False)
+    tensor = tensor.replace_parts(scale=tensor.parts["scale"][[0, 0]])
+    export(tmp_path / "out", {"q": tensor})
+    assert same(opened(tmp_path / "out")["q"], tensor)
+
+
 def test_how_codes_were_found_is_all_that_is_lost(tmp_path: Path) -> None:
     spec = dataclasses.replace(
         parse_format("rq-2x16x4"), scale_axis="row", traversal="column", code_bits=(8, 8)

@@ -21,13 +21,13 @@ from tests.vqkernels.formats.damage import (
     NAMES,
     SPEC,
     assert_same,
+    assert_tells,
     redescribed,
     small,
 )
 from vqkernels.errors import ContainerError, TensorError, VqError
-from vqkernels.formats import description, npz
+from vqkernels.formats import description, npz, open_source
 from vqkernels.formats.npz import NpzSource, save_npz
-from vqkernels.source import outline_of
 from vqkernels.tensor import QuantizedTensor, random_tensor
 
 Arrays = dict[str, Any]
@@ -64,7 +64,7 @@ def test_any_format_survives(tensors: list[QuantizedTensor]) -> None:
         assert list(found) == list(saved)
         assert len(found) == len(saved)
         for name, tensor in saved.items():
-            assert found.outline(name) == outline_of(saved, name)
+            assert_tells(found.outline(name), tensor)
             assert_same(found[name], tensor)
 
 
@@ -110,6 +110,22 @@ def test_names_of_any_kind(tmp_path: Path) -> None:
 def test_equal_tensors_give_equal_bytes(path: Path, tmp_path: Path) -> None:
     save_npz(tmp_path / "y.npz", {"layer": small()}, provenance={"note": "ä"})
     assert (tmp_path / "y.npz").read_bytes() == path.read_bytes()
+
+
+def test_how_a_matrix_was_made_is_kept(path: Path) -> None:
+    made = {"method": "rq", "seed": 3, "clip": [-1.5, 2.0]}
+    save_npz(path, {"a": small(), "b": small()}, made={"a": made})
+    found = NpzSource(path)
+    assert found.outline("a").made == {**made, "clip": (-1.5, 2.0)}
+    assert found.outline("b").made == {}
+    with pytest.raises(ContainerError, match=r"x\.npz: tensor 'a': made: .*; leave it out or"):
+        save_npz(path, {"a": small()}, made={"a": {"seed": 1.5}})
+    with pytest.raises(ContainerError, match=r"x\.npz: made is of 'c', which is no tensor"):
+        save_npz(path, {"a": small()}, made={"c": made})
+
+
+def test_it_is_found_by_its_name(path: Path) -> None:
+    assert isinstance(open_source(path), NpzSource)
 
 
 def test_an_unknown_name_is_a_key_error(path: Path) -> None:

@@ -21,21 +21,21 @@ from tests.vqkernels.formats.damage import (
     NAMES,
     SPEC,
     assert_same,
+    assert_tells,
     redescribed,
     small,
 )
 from vqkernels.errors import ContainerError, TensorError, VqError
-from vqkernels.formats import plain
+from vqkernels.formats import open_source, plain
 from vqkernels.formats.plain import PlainSource, save_plain
 from vqkernels.presets import PRESETS
-from vqkernels.source import outline_of
 from vqkernels.tensor import QuantizedTensor, random_tensor
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     folder = tmp_path / "set"
-    save_plain(folder, {"layer": small()}, provenance={"note": "ä"})
+    save_plain(folder, {"layer": small()}, provenance={"note": "ä"}, made={"layer": {"seed": 1}})
     return folder
 
 
@@ -57,7 +57,7 @@ def test_any_format_survives(tensors: list[QuantizedTensor]) -> None:
         found = PlainSource(folder)
         assert list(found) == list(saved)
         for name, tensor in saved.items():
-            assert found.outline(name) == outline_of(saved, name)
+            assert_tells(found.outline(name), tensor)
             assert_same(found[name], tensor)
 
 
@@ -65,8 +65,14 @@ def test_the_index_leads_to_the_set_as_well(folder: Path) -> None:
     found = PlainSource(folder / "layers.json")
     assert_same(found["layer"], small())
     assert found.provenance["note"] == "ä"
+    assert found.outline("layer").made == {"seed": 1}
     with pytest.raises(KeyError):
         found["other"]
+
+
+def test_it_is_found_by_its_index(folder: Path) -> None:
+    assert isinstance(open_source(folder), PlainSource)
+    assert isinstance(open_source(folder / "layers.json"), PlainSource)
 
 
 def test_a_reader_without_any_library(tmp_path: Path) -> None:

@@ -285,6 +285,16 @@ def test_modules_that_are_not_converted_are_dense(kept: str, tmp_path: Path) -> 
     assert str(caught.value).startswith(f"{tmp_path}/config.json: module 'model.layers.")
 
 
+def test_a_module_that_is_not_converted_needs_no_config_of_its_own(tmp_path: Path) -> None:
+    state, _ = make_layer(case_of())
+    dense = {"lm_head.weight": torch.ones(3, 2)}
+    named = [("m.q", PLAIN, state), ("lm_head", PLAIN, {})]
+    write_folder(tmp_path, named, dense=dense, modules_to_not_convert=["lm_head"])
+    source = VptqSource(Checkpoint(tmp_path))
+    assert list(source) == ["m.q"]
+    assert source.dense_keys() == ["lm_head.weight"]
+
+
 def test_a_dense_module_of_a_shared_name_has_to_be_named(tmp_path: Path) -> None:
     shared = {"down_proj": PLAIN, "lm_head": PLAIN}
     with pytest.raises(ContainerError, match=r"add 'lm_head' to modules_to_not_convert"):
@@ -518,6 +528,11 @@ def test_what_is_no_permutation_is_caught(value: int, tmp_path: Path) -> None:
     state, _ = make_layer(case_of())
     at = int((state["perm"] != 0).nonzero()[0])
     assert "names an input twice, or one outside 0..39" in damaged(tmp_path, "perm", value, (at,))
+
+
+def test_the_top_bit_of_a_permutation_is_no_sign(tmp_path: Path) -> None:
+    wide = {"in_features": 40_000, "group_size": 40_000, "out_features": 2, "bias": False}
+    check_against_upstream(tmp_path, case_of(**wide))
 
 
 def test_a_permutation_that_16_bits_cannot_hold_is_caught(tmp_path: Path) -> None:
