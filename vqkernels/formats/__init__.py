@@ -13,6 +13,7 @@ from vqkernels.formats.checkpoint import CONFIG, INDEX, Checkpoint, read_json
 from vqkernels.formats.npz import NpzSource
 from vqkernels.formats.plain import PlainSource
 from vqkernels.formats.vptq import VptqSource
+from vqkernels.parallel import MAPPING, open_parallel
 from vqkernels.source import TensorSource
 
 __all__ = ["Checkpoint", "open_checkpoint", "open_source"]
@@ -24,8 +25,9 @@ _BY_METHOD: dict[str, type[AqlmSource] | type[VptqSource]] = {
 
 
 def open_source(path: str | os.PathLike[str]) -> TensorSource:
-    """The quantised matrices at `path`: a container, a checkpoint's folder (with config.json), an
-    .npz file or a folder of plain files (with layers.json).
+    """The quantised matrices at `path`: a container, a checkpoint's folder (with config.json), a
+    folder of ranks (with parallel.json; whole matrices), an .npz file or a folder of plain files
+    (with layers.json).
 
     A folder that `vqbench import` made, which has both, is its container. Raises ContainerError
     where it is none of them, or a checkpoint of another method.
@@ -35,6 +37,8 @@ def open_source(path: str | os.PathLike[str]) -> TensorSource:
         return NpzSource(path)
     if path.name == plain.INDEX or (path / plain.INDEX).exists():
         return PlainSource(path)
+    if path.name == MAPPING or (path / MAPPING).exists():
+        return open_parallel(path)
     if (path / CONFIG).exists() and not _has_container(path):
         return open_checkpoint(path)
     return open_container(path)
