@@ -78,7 +78,7 @@ def test_what_the_wheel_wrote_is_written_again(seed: int, tmp_path: Path) -> Non
 
 @pytest.mark.sweep
 def test_much_that_the_wheel_wrote_is_written_again(tmp_path: Path) -> None:
-    for seed in range(1000, 1080):
+    for seed in range(1000, 1100):
         there_and_back(tmp_path, draw_case(seed))
 
 

@@ -19,6 +19,7 @@ from tests.strategies import quantized_tensors
 from vqkernels import container
 from vqkernels.container.index import INDEX
 from vqkernels.errors import ContainerError, TensorError, UnsupportedError, VqError
+from vqkernels.formats import open_source
 from vqkernels.parallel import (
     MAPPING,
     Slice,
@@ -146,7 +147,9 @@ def test_a_rank_is_an_ordinary_container(tmp_path: Path) -> None:
         assert dict(info.tensors[2].made) == {"seed": 3}
         assert not info.tensors[0].usage
         assert len(info.extra["shards"]) > 1
-    assert_holds(open_parallel(tmp_path / MAPPING), tensors)
+    for path in (tmp_path / MAPPING, tmp_path):
+        assert_holds(open_parallel(path), tensors)
+        assert_holds(open_source(path), tensors)
 
 
 def test_a_rank_touches_only_its_own_files(tmp_path: Path) -> None:
