@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -10,7 +11,7 @@ import click
 from autotune.timers import set_threads
 from vqkernels.device import Device, detect, detect_cpu
 
-__all__ = ["cases", "named_device", "selecting", "usual_dtype", "where"]
+__all__ = ["cases", "named_device", "parse_size", "selecting", "usual_dtype", "where"]
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -31,6 +32,23 @@ _WHERE = (
         "--dtype", type=click.Choice(["float32", "float16", "bfloat16"]), help="Activations."
     ),
 )
+
+_UNITS = {"": 1, "b": 1} | {
+    f"{letter}{kind}b": (1024 if kind else 1000) ** power
+    for power, letter in enumerate("kmgt", 1)
+    for kind in ("", "i")
+}
+
+
+def parse_size(_: click.Context, parameter: click.Parameter, text: str | None) -> int | None:
+    """Bytes, as an option's callback: `2GB`, `1.5 GiB`, `500mb`, `1000000`."""
+    if text is None:
+        return None
+    found = re.fullmatch(r"(\d{1,15}(?:\.\d{1,9})?)\s*([a-z]*)", text.strip().lower())
+    size = int(float(found[1]) * _UNITS.get(found[2], 0)) if found else 0
+    if size < 1:
+        raise click.BadParameter(f"{text!r} is no size; write 2GB, 500MB or 1GiB", param=parameter)
+    return size
 
 
 def cases(command: F) -> F:

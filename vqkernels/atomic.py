@@ -13,7 +13,14 @@ from pathlib import Path
 
 from vqkernels.errors import ContainerError, VqError
 
-__all__ = ["locked", "staged", "write_atomically"]
+__all__ = [
+    "explained",
+    "locked",
+    "staged",
+    "sync_folder",
+    "write_atomically",
+    "write_through",
+]
 
 _SPACE = "free some space or choose another disk"
 _FOLDER = "make the folder first"
@@ -58,22 +65,30 @@ def write_atomically(path: Path, pieces: Sequence[bytes | memoryview]) -> None:
     what was at `path` is untouched.
     """
     temporary = path.parent / f".vqbench-{uuid.uuid4().hex}.tmp"
-    need = sum(memoryview(piece).nbytes for piece in pieces)
     try:
-        _check_space(path, need)
-        with temporary.open("xb") as file:
-            for piece in pieces:
-                file.write(piece)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except OSError as error:
-        raise _unwritten(path, need, error) from error
+        write_through(temporary, pieces, named=path)
+        with explained(path):
+            temporary.replace(path)
     finally:
         # after the rename nothing has this name any more
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
-    _sync_folder(path.parent)
+    sync_folder(path.parent)
+
+
+def write_through(path: Path, pieces: Sequence[bytes | memoryview], *, named: Path) -> None:
+    """Write `pieces` to a new file at `path` and wait until they are on the disk.
+
+    Raises ContainerError, which speaks of `named`; then part of the file may be left.
+    """
+    need = sum(memoryview(piece).nbytes for piece in pieces)
+    with explained(named, need=need):
+        _check_space(named, path.parent, need)
+        with path.open("xb") as file:
+            for piece in pieces:
+                file.write(piece)
+            file.flush()
+            os.fsync(file.fileno())
 
 
 @contextlib.contextmanager
@@ -88,22 +103,21 @@ def staged(path: Path, *, need: int = 0) -> Iterator[Path]:
     temporary = path.parent / f".vqbench-{uuid.uuid4().hex}.tmp"
     made = temporary / path.name
     try:
-        _check_space(path, need)
-        temporary.mkdir()
-        yield made
-        _sync_tree(made)
-        if path.exists() and (path.is_dir() or made.is_dir()):
-            _exchange(made, path)
-        else:
-            made.replace(path)
-    except OSError as error:
-        raise _unwritten(path, need, error) from error
+        with explained(path, need=need):
+            _check_space(path, path.parent, need)
+            temporary.mkdir()
+            yield made
+            _sync_tree(made)
+            if path.exists() and (path.is_dir() or made.is_dir()):
+                _exchange(made, path)
+            else:
+                made.replace(path)
     except VqError as error:
         # the reader knows nothing of the temporary name
         raise type(error)(str(error).replace(str(made), str(path))) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    _sync_folder(path.parent)
+    sync_folder(path.parent)
 
 
 def _exchange(made: Path, path: Path) -> None:
@@ -127,29 +141,35 @@ def _sync_tree(top: Path) -> None:
     paths = [top, *top.rglob("*")] if top.is_dir() else [top]
     for path in paths:
         if path.is_dir():
-            _sync_folder(path)
+            sync_folder(path)
         else:
             with path.open("rb") as file:
                 os.fsync(file.fileno())
 
 
-def _check_space(path: Path, need: int) -> None:
-    have = shutil.disk_usage(path.parent).free
+def _check_space(path: Path, folder: Path, need: int) -> None:
+    have = shutil.disk_usage(folder).free
     if need > have:
         raise ContainerError(
             f"{path}: needs {need:,} bytes, but its disk has {have:,} left; {_SPACE}"
         )
 
 
-def _unwritten(path: Path, need: int, error: OSError) -> ContainerError:
-    hint = _HINTS.get(error.errno or 0, "check the disk, or choose another one")
-    size = f", {need:,} bytes" if need else ""
-    return ContainerError(f"{path}: can't be written ({error.strerror or error}{size}); {hint}")
+@contextlib.contextmanager
+def explained(path: Path, *, need: int = 0) -> Iterator[None]:
+    """What the system raises where `path` is written, as a ContainerError with a fix."""
+    try:
+        yield
+    except OSError as error:
+        hint = _HINTS.get(error.errno or 0, "check the disk, or choose another one")
+        size = f", {need:,} bytes" if need else ""
+        reason = error.strerror or error
+        raise ContainerError(f"{path}: can't be written ({reason}{size}); {hint}") from error
 
 
-def _sync_folder(folder: Path) -> None:
-    # The file is whole already; this makes its name outlast a power cut, where the file system
-    # can do that (some network ones refuse).
+def sync_folder(folder: Path) -> None:
+    """Make the names in `folder` outlast a power cut, where the file system can do that."""
+    # some network ones refuse; the files themselves are whole already
     with contextlib.suppress(OSError):
         descriptor = os.open(folder, os.O_RDONLY)
         try:

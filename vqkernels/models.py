@@ -14,7 +14,7 @@ import contextlib
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -24,6 +24,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from vqkernels import heap
 from vqkernels.errors import ContainerError, TensorError
+from vqkernels.formats import Checkpoint, open_source
 from vqkernels.nn import VQLinear
 
 __all__ = ["DENSE_FILE", "load_dense", "without_weights"]
@@ -163,14 +164,37 @@ class _File:
             ) from error
 
 
+@runtime_checkable
+class _Checkpoint(Protocol):
+    """A source that is a model's checkpoint: VPTQ's or AQLM's."""
+
+    checkpoint: Checkpoint
+
+    def dense_keys(self) -> list[str]: ...
+
+
+class _OfCheckpoint:
+    """What a checkpoint holds beside its quantised modules."""
+
+    def __init__(self, source: _Checkpoint) -> None:
+        self._keys, checkpoint = source.dense_keys(), source.checkpoint
+        self.shape, self.read = checkpoint.shape, checkpoint.read
+
+    def keys(self) -> list[str]:
+        return self._keys
+
+
 def _opened(source: str | os.PathLike[str] | Mapping[str, Tensor]) -> tuple[_Stored, str]:
     if isinstance(source, Mapping):
         return _Given(source), "the given tensors"
     path = Path(source)
     if (path / DENSE_FILE).is_file():
         return _File(path / DENSE_FILE), str(path / DENSE_FILE)
+    quantised = open_source(path)
+    if isinstance(quantised, _Checkpoint):
+        return _OfCheckpoint(quantised), str(path)
     raise ContainerError(
-        f"{path}: holds no dense tensors (no {DENSE_FILE}); give the folder that "
+        f"{path}: holds no {DENSE_FILE}, and is no checkpoint; give the folder that "
         f"`vqbench import` made, or the checkpoint's own"
     )
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -10,11 +9,12 @@ from typing import Any
 import click
 import torch
 
+from bench.format_text import changed_fields, told
 from bench.tables import render
 from vqkernels import container
 from vqkernels.container import ContainerInfo, TensorInfo
 from vqkernels.container.stored import code_bytes, packed_bytes
-from vqkernels.spec import CodebookSpec, min_bits
+from vqkernels.spec import CodebookSpec
 from vqkernels.tensor import QuantizedTensor, set_index
 
 __all__ = ["command"]
@@ -90,7 +90,7 @@ def _row(tensor: TensorInfo) -> Row:
         "n": tensor.n,
         "k": tensor.k,
         "bias": tensor.bias,
-        "format": _changed_fields(tensor.spec),
+        "format": changed_fields(tensor.spec),
         "index_bits": bits.index / bits.weights,
         "codebook_bits": bits.codebook / bits.weights,
         "side_bits": bits.side / bits.weights,
@@ -105,13 +105,6 @@ def _row(tensor: TensorInfo) -> Row:
         "sha256": dict(tensor.checksums),
         "decoded_sha256": tensor.decoded_checksum,
     }
-
-
-def _changed_fields(spec: CodebookSpec) -> dict[str, Any]:
-    """Fields of a spec that differ from their defaults, as JSON has them."""
-    defaults = {field.name: field.default for field in dataclasses.fields(spec)}
-    defaults |= {"coefficients": [], "code_bits": [min_bits(entries) for entries in spec.stages]}
-    return {name: value for name, value in spec.to_dict().items() if value != defaults[name]}
 
 
 def _stages(spec: CodebookSpec) -> range:
@@ -145,11 +138,11 @@ def _shown(row: Row) -> Row:
     return {
         **row,
         "shape": f"{row['n']}x{row['k']}",
-        "format": " ".join(f"{name}={_compact(value)}" for name, value in row["format"].items()),
+        "format": told(row["format"]),
         **{name: f"{row[f'{name}_bits']:.4f}" for name in ("index", "codebook", "side")},
         "effective": f"{row['effective_bits']:.4f}",
         "codes": _coded(row),
-        "made": _shortened(" ".join(f"{k}={_compact(v)}" for k, v in row["made"].items())),
+        "made": _shortened(told(row["made"])),
         "decoded": row["decoded_sha256"][:_SHORT],
         "entries": " + ".join(f"{stage['used_entries']}/{stage['entries']}" for stage in stages),
         "entropy": " + ".join(
@@ -164,14 +157,6 @@ def _coded(row: Row) -> str:
     if coding == ["packed"]:
         return "packed"
     return f"{'+'.join(coding)} -{1 - row['code_bytes'] / row['packed_bytes']:.2%}"
-
-
-def _compact(value: object) -> str:
-    if isinstance(value, float):
-        return f"{value:.4g}"
-    if isinstance(value, list | tuple):
-        return ",".join(_compact(item) for item in value)
-    return str(value)
 
 
 def _shortened(text: str) -> str:

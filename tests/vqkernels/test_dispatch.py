@@ -148,7 +148,9 @@ def test_a_choice_is_valid_and_made_once():
 # values
 
 
-@pytest.mark.parametrize("name", ["aqlm-2x8", "toy-16-4", "everything-in", "everything-out"])
+@pytest.mark.parametrize(
+    "name", ["aqlm-2x8", "toy-16-4", "everything-in", "everything-out", "wide-everything"]
+)
 def test_products_are_within_the_oracles_bound(name):
     case = FIELDS.get(name)
     tensor = case.tensor if case else weight(PRESETS[name], 83, 104, bias=True)

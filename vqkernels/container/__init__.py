@@ -1,12 +1,14 @@
-"""Containers: quantised matrices in a safetensors file that describes and checks itself.
+"""Containers: quantised matrices in safetensors files that describe and check themselves.
 
-`save` writes one, `open_container` maps one and reads a matrix when it is asked for, `load` reads
-matrices into a dict, `describe` gives what the header says. `manifest` says what the header
-holds, `stored` what lies behind it.
+`save` writes one file, `save_shards` several with an index; `open_container` maps either and reads
+a matrix when it is asked for, `load` reads matrices into a dict, `describe` gives what headers
+say. `manifest` says what a header holds, `stored` what lies behind it, `index` what an index does.
 """
 
+from vqkernels.container.access import describe, load, open_container
+from vqkernels.container.base import Container
 from vqkernels.container.manifest import CONTAINER_VERSION, ContainerInfo, TensorInfo
-from vqkernels.container.read import Container, describe, load, open_container
+from vqkernels.container.shards import save_shards
 from vqkernels.container.write import save
 
 __all__ = [
@@ -18,4 +20,5 @@ __all__ = [
     "load",
     "open_container",
     "save",
+    "save_shards",
 ]

@@ -20,7 +20,9 @@ _MAX_PIECE = 1 << 29  # 4 GB; only codebook groups of very many rows come near i
 
 def raw_bytes(tensor: Tensor) -> memoryview:
     """The bytes of a contiguous tensor on the CPU, not copied."""
-    array: Any = tensor.reshape(-1).view(torch.uint8).numpy()
+    # of an axis of one torch keeps any stride, and bytes need 1
+    flat = tensor.reshape(-1).as_strided((tensor.numel(),), (1,))
+    array: Any = flat.view(torch.uint8).numpy()
     return memoryview(array)
 
 

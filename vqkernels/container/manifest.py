@@ -26,15 +26,14 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import hashlib
-import json
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Literal, NoReturn, TypeVar, get_args
+from typing import Any, Literal, get_args
 
 from vqkernels.container.origin import Made, check_made, frozen_made
+from vqkernels.container.signed import DAMAGED, DIGEST, TEXT, check_version, field, sign, signed
 from vqkernels.errors import BackendError, ContainerError, SpecError, TensorError
 from vqkernels.source import Outline
 from vqkernels.spec import SPEC_VERSION, CodebookSpec
@@ -45,8 +44,11 @@ __all__ = [
     "ContainerInfo",
     "TensorInfo",
     "check_name",
+    "checksums_in",
     "from_header",
     "located",
+    "outline_in",
+    "strings",
     "to_header",
 ]
 
@@ -54,16 +56,9 @@ CONTAINER_VERSION = 2
 
 Coding = Literal["packed", "ans"]
 
-MAX_TEXT = 1 << 25  # 32 MB: 20,000 matrices; safetensors refuses headers above 100 MB
 MAX_NUMBER = (1 << 31) - 1  # of n, k and a spec's fields: products of four stay far from 2**1024
 
-_TEXT, _DIGEST = "vqbench", "vqbench_sha256"
-_UPGRADE = "upgrade vqbench (pip install -U vqbench)"
-_DAMAGED = "it was damaged or edited; copy or make it again"
-
 _FIELDS = ("container_version", "spec_version", "provenance", "tensors")
-
-T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -97,6 +92,8 @@ class ContainerInfo:
     """What a container holds and where it comes from.
 
     extra: fields of the description that are none of these, as JSON has them.
+    digest: SHA-256 of the description, and so of all that it gives checksums of; empty before it
+        is written.
     """
 
     version: int
@@ -104,6 +101,7 @@ class ContainerInfo:
     provenance: Mapping[str, str]
     tensors: tuple[TensorInfo, ...]
     extra: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    digest: str = ""
 
 
 def to_header(info: ContainerInfo) -> dict[str, str]:
@@ -133,13 +131,7 @@ def to_header(info: ContainerInfo) -> dict[str, str]:
         "tensors": tensors,
         **info.extra,
     }
-    text = json.dumps(content, separators=(",", ":"), allow_nan=False)
-    if len(text) > MAX_TEXT:
-        raise ContainerError(
-            f"the description takes {len(text):,} bytes of at most {MAX_TEXT:,}; "
-            f"use several files, or less provenance"
-        )
-    return {_TEXT: text, _DIGEST: _sha256(text)}
+    return sign(content)
 
 
 def from_header(header: Mapping[str, str] | None) -> ContainerInfo:
@@ -147,38 +139,28 @@ def from_header(header: Mapping[str, str] | None) -> ContainerInfo:
 
     Raises ContainerError, without the file's name, for anything but what `to_header` makes.
     """
-    if not header or _TEXT not in header:
+    if not header or TEXT not in header:
         raise ContainerError(
             "a safetensors file, but not a vqbench container; make one with `vqbench quantize`"
         )
-    if set(header) != {_TEXT, _DIGEST} or _sha256(header[_TEXT]) != header[_DIGEST]:
-        raise ContainerError(f"the description doesn't match its checksum; {_DAMAGED}")
-    content = _parse(header[_TEXT])
-    version = _version(content, "container_version", CONTAINER_VERSION)
-    spec_version = _version(content, "spec_version", SPEC_VERSION)
-    provenance = _strings(content, "provenance", "the file")
-    entries = _field(content, "tensors", list, "the file")
+    content = signed(header)
+    if strange := sorted(set(header) - {TEXT, DIGEST}):
+        raise ContainerError(f"the header holds {strange[0]!r} beside the description; {DAMAGED}")
+    version = check_version(content, "container_version", CONTAINER_VERSION)
+    spec_version = check_version(content, "spec_version", SPEC_VERSION)
+    provenance = strings(content, "provenance", "the file")
+    entries = field(content, "tensors", list, "the file")
     tensors = tuple(_tensor(entry, version) for entry in entries)
     if len({tensor.name for tensor in tensors}) != len(tensors):
-        raise ContainerError(f"two tensors have the same name; {_DAMAGED}")
+        raise ContainerError(f"two tensors have the same name; {DAMAGED}")
     return ContainerInfo(
         version=version,
         spec_version=spec_version,
         provenance=provenance,
         tensors=tensors,
         extra={name: value for name, value in content.items() if name not in _FIELDS},
+        digest=header[DIGEST],
     )
-
-
-def _version(content: dict[str, Any], name: str, newest: int) -> int:
-    version = _field(content, name, int, "the file")
-    if not 1 <= version <= newest:
-        known = "1" if newest == 1 else f"1 to {newest}"
-        raise ContainerError(
-            f"{name} is {version}, but this build reads {known}; "
-            f"{_UPGRADE if version > newest else _DAMAGED}"
-        )
-    return version
 
 
 def check_name(name: str) -> None:
@@ -196,64 +178,63 @@ def located(path: Path) -> Iterator[None]:
         raise type(error)(f"{path}: {error}") from error
 
 
-def _sha256(text: str) -> str:
-    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
-
-
-def _parse(text: str) -> dict[str, Any]:
-    def refuse(constant: str) -> NoReturn:
-        raise ValueError(f"{constant} is not a number")
-
-    if len(text) > MAX_TEXT:
-        raise ContainerError(f"a description of {len(text):,} bytes, over {MAX_TEXT:,}; {_DAMAGED}")
-    try:
-        content = json.loads(text, parse_constant=refuse)
-    except (ValueError, RecursionError) as error:
-        raise ContainerError(f"the description is not JSON ({error}); {_DAMAGED}") from error
-    if not isinstance(content, dict):
-        raise ContainerError(f"the description is not a JSON object; {_DAMAGED}")
-    return content
-
-
-def _field(content: dict[str, Any], name: str, kind: type[T], where: str) -> T:
-    value = content.get(name)
-    # True is an int to Python, and no number to us
-    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-        raise ContainerError(f"{where}: {name} should be a JSON {kind.__name__}; {_DAMAGED}")
-    return value
-
-
-def _strings(content: dict[str, Any], name: str, where: str) -> Mapping[str, str]:
-    values = _field(content, name, dict, where)
+def strings(content: dict[str, Any], name: str, where: str) -> Mapping[str, str]:
+    """`content[name]`, which has to be an object of strings."""
+    values = field(content, name, dict, where)
     if not all(isinstance(value, str) for value in values.values()):
-        raise ContainerError(f"{where}: {name} should hold only strings; {_DAMAGED}")
+        raise ContainerError(f"{where}: {name} should hold only strings; {DAMAGED}")
     return MappingProxyType(values)
 
 
-def _tensor(entry: object, version: int) -> TensorInfo:
+def outline_in(entry: object) -> tuple[str, Outline]:
+    """The matrix that the fields name, n, k, bias and spec of `entry` describe, and its name.
+
+    Raises ContainerError where they don't; whether the shape fits the format isn't looked at.
+    """
     if not isinstance(entry, dict):
-        raise ContainerError(f"a tensor is described by something else than an object; {_DAMAGED}")
-    name = _field(entry, "name", str, "a tensor")
+        raise ContainerError(f"a tensor is described by something else than an object; {DAMAGED}")
+    name = field(entry, "name", str, "a tensor")
     check_name(name)
     where = f"tensor {name!r}"
-    checksums = _strings(entry, "sha256", where)
-    decoded = _field(entry, "decoded_sha256", str, where)
-    for digest in (*checksums.values(), decoded):
-        if not re.fullmatch("[0-9a-f]{64}", digest):
-            raise ContainerError(f"{where}: a checksum is no SHA-256; {_DAMAGED}")
-    spec = _spec(_field(entry, "spec", dict, where), where)
-    return TensorInfo(
-        name=name,
-        spec=spec,
+    outline = Outline(
+        spec=_spec(field(entry, "spec", dict, where), where),
         n=_side(entry, "n", where),
         k=_side(entry, "k", where),
-        bias=_field(entry, "bias", bool, where),
-        coding=_coding(entry, spec, where, version),
-        usage=version > 1 and _field(entry, "usage", bool, where),
+        bias=field(entry, "bias", bool, where),
+    )
+    return name, outline
+
+
+def checksums_in(entry: dict[str, Any], where: str) -> Mapping[str, str]:
+    """The SHA-256 by part in field sha256 of `entry`."""
+    checksums = strings(entry, "sha256", where)
+    for digest in checksums.values():
+        _check_sha256(digest, where)
+    return checksums
+
+
+def _tensor(entry: Any, version: int) -> TensorInfo:
+    name, outline = outline_in(entry)
+    where = f"tensor {name!r}"
+    decoded = field(entry, "decoded_sha256", str, where)
+    _check_sha256(decoded, where)
+    return TensorInfo(
+        name=name,
+        spec=outline.spec,
+        n=outline.n,
+        k=outline.k,
+        bias=outline.bias,
+        coding=_coding(entry, outline.spec, where, version),
+        usage=version > 1 and field(entry, "usage", bool, where),
         made=_made(entry, where) if version > 1 else {},
-        checksums=checksums,
+        checksums=checksums_in(entry, where),
         decoded_checksum=decoded,
     )
+
+
+def _check_sha256(digest: str, where: str) -> None:
+    if not re.fullmatch("[0-9a-f]{64}", digest):
+        raise ContainerError(f"{where}: a checksum is no SHA-256; {DAMAGED}")
 
 
 def _coding(
@@ -261,14 +242,13 @@ def _coding(
 ) -> tuple[Coding, ...]:
     if version == 1:
         return tuple("packed" for _ in spec.stages)
-    coding = _field(entry, "coding", list, where)
+    coding = field(entry, "coding", list, where)
     if len(coding) != len(spec.stages) or not all(kind in get_args(Coding) for kind in coding):
         raise ContainerError(
-            f"{where}: coding should give {' or '.join(get_args(Coding))} for each stage; "
-            f"{_DAMAGED}"
+            f"{where}: coding should give {' or '.join(get_args(Coding))} for each stage; {DAMAGED}"
         )
     if ("ans", 1) in zip(coding, spec.stages, strict=True):
-        raise ContainerError(f"{where}: coding of a stage with one entry can't be ans; {_DAMAGED}")
+        raise ContainerError(f"{where}: coding of a stage with one entry can't be ans; {DAMAGED}")
     return tuple(coding)
 
 
@@ -277,14 +257,14 @@ def _made(entry: dict[str, Any], where: str) -> Made:
     try:
         check_made(made)
     except ContainerError as error:
-        raise ContainerError(f"{where}: {error}; {_DAMAGED}") from error
+        raise ContainerError(f"{where}: {error}; {DAMAGED}") from error
     return frozen_made(made)
 
 
 def _side(entry: dict[str, Any], name: str, where: str) -> int:
-    value = _field(entry, name, int, where)
+    value = field(entry, name, int, where)
     if not 1 <= value <= MAX_NUMBER:
-        raise ContainerError(f"{where}: {name} is {value}, not 1 to {MAX_NUMBER}; {_DAMAGED}")
+        raise ContainerError(f"{where}: {name} is {value}, not 1 to {MAX_NUMBER}; {DAMAGED}")
     return value
 
 
@@ -292,7 +272,7 @@ def _spec(fields: dict[str, Any], where: str) -> CodebookSpec:
     for name, value in fields.items():
         numbers = value if isinstance(value, list) else [value]
         if any(isinstance(number, int) and number > MAX_NUMBER for number in numbers):
-            raise ContainerError(f"{where}: {name} is over {MAX_NUMBER}; {_DAMAGED}")
+            raise ContainerError(f"{where}: {name} is over {MAX_NUMBER}; {DAMAGED}")
     try:
         return CodebookSpec.from_dict(fields)
     except SpecError as error:

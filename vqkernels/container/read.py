@@ -1,4 +1,4 @@
-"""Reading containers, all of a file or one matrix at a time.
+"""Reading container files, one matrix at a time.
 
 The header is read by the safetensors library, which bounds every offset by the file's size; then
 shapes, checksums, ranges and NaN are checked, in that order, before a tensor is handed out.
@@ -8,64 +8,44 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from vqkernels.container.base import Container
 from vqkernels.container.checksums import decoded_sha256, sha256
 from vqkernels.container.codes import check_usage, restore_codes
 from vqkernels.container.headers import AGAIN, StoredTensor, checked_header
 from vqkernels.container.manifest import ContainerInfo, TensorInfo, located
 from vqkernels.container.mapped import MappedFile
 from vqkernels.errors import ContainerError
-from vqkernels.source import TensorSource
 from vqkernels.tensor import QuantizedTensor
 
-__all__ = ["Container", "describe", "load", "open_container"]
+__all__ = ["FileContainer", "open_file"]
 
 
-class Container(TensorSource):
-    """The matrices of one file, mapped into memory; see `open_container`.
+class FileContainer(Container):
+    """The matrices of one file, mapped into memory.
 
-    info: what the header says. The mapping ends with the object. A file that is replaced
-    meanwhile (as `save` does) stays readable here as it was.
+    A file that is replaced meanwhile (as `save` does) stays readable here as it was.
     """
 
     def __init__(
         self, path: Path, file: MappedFile, info: ContainerInfo, stored: Mapping[str, StoredTensor]
     ) -> None:
-        self.path, self.info = path, info
+        super().__init__(path, info)
         self._file, self._stored = file, stored
-        self._outlines = {tensor.name: tensor for tensor in info.tensors}
 
     def __getitem__(self, name: str) -> QuantizedTensor:
         info = self._outlines[name]
         with located(self.path), _explained(self.path):
             return self._restored(info, self._parts(info))
 
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._outlines)
-
-    def __len__(self) -> int:
-        return len(self._outlines)
-
-    def __contains__(self, name: object) -> bool:
-        # the Mapping's own would read the matrix
-        return name in self._outlines
-
-    def outline(self, name: str) -> TensorInfo:
-        """What the header says of matrix `name`."""
-        return self._outlines[name]
-
     def verify(self, name: str) -> QuantizedTensor:
-        """Matrix `name`, its usage and its dequantised values checked too.
-
-        It takes as long as dequantising does. Raises ContainerError and TensorError as a lookup
-        does, and KeyError.
-        """
+        """Matrix `name`, its usage and its dequantised values checked too."""
         info, where = self._outlines[name], f"tensor {name!r}"
         with located(self.path), _explained(self.path):
             parts = self._parts(info)
@@ -79,10 +59,7 @@ class Container(TensorSource):
         return tensor
 
     def usage(self, name: str) -> dict[int, Tensor]:
-        """How often each entry of a stage is used, int64 `[entries]`, for stages that store it.
-
-        Only that is read. Raises as a lookup does.
-        """
+        """How often each entry of a stage is used, for stages that store it."""
         info = self._outlines[name]
         stages = range(len(info.spec.stages))
         with located(self.path), _explained(self.path):
@@ -120,14 +97,8 @@ class Container(TensorSource):
         return tensor
 
 
-def open_container(path: str | os.PathLike[str]) -> Container:
-    """The container at `path`: mapped, its header checked, no tensor data read yet.
-
-    A matrix is read, checked and copied out each time it is looked up. Raises ContainerError for
-    a file that is damaged, truncated, of a newer version or not a container; a lookup raises
-    ContainerError for damaged data, and TensorError for parts that don't fit their format.
-    """
-    path = Path(path)
+def open_file(path: Path) -> FileContainer:
+    """The container file at `path`, of several or by itself; see `open_container`."""
     with located(path), _explained(path):
         _check_file(path)
         with path.open("rb") as opened:
@@ -137,30 +108,7 @@ def open_container(path: str | os.PathLike[str]) -> Container:
             if not os.path.samestat(before, after) or before.st_size != after.st_size:
                 raise ContainerError("was changed while it was opened; open it again")
             file = MappedFile(opened, before.st_size)
-        return Container(path, file, *checked_header(header, len(file)))
-
-
-def load(
-    path: str | os.PathLike[str], *, names: Iterable[str] | None = None, decoded: bool = False
-) -> dict[str, QuantizedTensor]:
-    """The matrices of the container at `path` (those in `names` only), checked, on the CPU.
-
-    `decoded` also checks the dequantised values, which takes as long as dequantising does.
-    Errors as for `open_container` and its lookups, and ContainerError for an unknown name.
-    """
-    source = open_container(path)
-    wanted = list(source) if names is None else list(dict.fromkeys(names))
-    if absent := [name for name in wanted if name not in source]:
-        raise ContainerError(f"{path}: no tensor {absent[0]!r}; the file holds {', '.join(source)}")
-    return {name: source.verify(name) if decoded else source[name] for name in wanted}
-
-
-def describe(path: str | os.PathLike[str]) -> ContainerInfo:
-    """What the container at `path` holds, from its header alone: no tensor data is read.
-
-    Raises ContainerError as `open_container` does.
-    """
-    return open_container(path).info
+        return FileContainer(path, file, *checked_header(header, len(file)))
 
 
 @contextlib.contextmanager

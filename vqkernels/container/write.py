@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ from vqkernels.source import Outline
 from vqkernels.spec import SPEC_VERSION
 from vqkernels.tensor import QuantizedTensor
 
-__all__ = ["Prepared", "prepare", "save", "serialise"]
+__all__ = ["Prepared", "check_tensors", "prepare", "prepare_all", "save", "serialise"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,6 +39,11 @@ class Prepared:
 
     info: TensorInfo
     parts: Mapping[str, Tensor]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the stored parts."""
+        return sum(self.info.part_bytes.values())
 
 
 def save(
@@ -64,19 +69,36 @@ def save(
     is left, and what was there is untouched.
     """
     path = Path(path)
+    matrices = list(prepare_all(path, tensors, made=made, usage=usage, codes=codes))
     with located(path):
-        origin = checked_provenance(provenance)
-        if not tensors:
-            raise ContainerError("no tensors to save; name one at least")
-        made = dict(made or {})
-        if strange := sorted(set(made) - set(tensors)):
-            raise ContainerError(f"made is of {strange[0]!r}, which is no tensor; check the name")
-        matrices = [
-            prepare(name, tensor, made=made.get(name), usage=usage, codes=codes)
-            for name, tensor in tensors.items()
-        ]
-        pieces = serialise(matrices, origin)
+        pieces = serialise(matrices, checked_provenance(provenance))
     write_atomically(path, pieces)
+
+
+def prepare_all(
+    path: Path,
+    tensors: Mapping[str, QuantizedTensor],
+    *,
+    made: Mapping[str, Made] | None,
+    usage: bool,
+    codes: Coding,
+) -> Iterator[Prepared]:
+    """Each of `tensors`, looked up once, as `prepare` gives it; errors of ours name `path`."""
+    made = dict(made or {})
+    with located(path):
+        check_tensors(tensors, made)
+    for name, tensor in tensors.items():
+        with located(path):
+            prepared = prepare(name, tensor, made=made.get(name), usage=usage, codes=codes)
+        yield prepared
+
+
+def check_tensors(tensors: Mapping[str, QuantizedTensor], made: Mapping[str, Made]) -> None:
+    """Raise ContainerError where there are none, or `made` is of another one; none is read."""
+    if not tensors:
+        raise ContainerError("no tensors to save; name one at least")
+    if strange := sorted(set(made) - set(tensors)):
+        raise ContainerError(f"made is of {strange[0]!r}, which is no tensor; check the name")
 
 
 def prepare(

@@ -31,18 +31,11 @@ import torch
 from torch import Tensor
 
 from vqkernels.container.checksums import raw_bytes, sha256
-from vqkernels.container.manifest import (
-    MAX_TEXT,
-    _field,
-    _parse,
-    _side,
-    _spec,
-    _strings,
-    check_name,
-)
+from vqkernels.container.manifest import check_name, outline_in, strings
 from vqkernels.container.origin import Made, check_made, checked_provenance, frozen_made
+from vqkernels.container.signed import MAX_TEXT, field, json_object
 from vqkernels.errors import ContainerError, VqError
-from vqkernels.parts import Part, check_shape, part_table
+from vqkernels.parts import Part, check_shape
 from vqkernels.source import Outline, TensorSource, outline_of
 from vqkernels.spec import SPEC_VERSION
 from vqkernels.tensor import QuantizedTensor
@@ -253,25 +246,23 @@ def parse(content: bytes, kind: str) -> Description:
         text = content.decode()
     except UnicodeDecodeError as error:
         raise ContainerError(f"the description is not JSON ({error}); {AGAIN}") from error
-    fields = _parse(text)
+    fields = json_object(text)
     if fields.get("format") != kind:
         raise ContainerError(f"the description is of no {kind} set; {AGAIN}")
     _check_digest(fields)
     for name, known in (("version", VERSION), ("spec_version", SPEC_VERSION)):
-        if (found := _field(fields, name, int, "the description")) != known:
+        if (found := field(fields, name, int, "the description")) != known:
             raise ContainerError(
                 f"{name} is {found}, but this build reads {known}; "
                 f"upgrade vqbench (pip install -U vqbench)"
             )
     if fields.get("byte_order") != "little":
         raise ContainerError("byte_order is not 'little'; swap the bytes and write that")
-    entries = _field(fields, "tensors", list, "the description")
+    entries = field(fields, "tensors", list, "the description")
     tensors = tuple(_tensor(entry) for entry in entries)
     if len({tensor.name for tensor in tensors}) != len(tensors):
         raise ContainerError(f"two tensors have the same name; {AGAIN}")
-    return Description(
-        provenance=_strings(fields, "provenance", "the description"), tensors=tensors
-    )
+    return Description(provenance=strings(fields, "provenance", "the description"), tensors=tensors)
 
 
 def _check_digest(fields: dict[str, Any]) -> None:
@@ -283,26 +274,26 @@ def _check_digest(fields: dict[str, Any]) -> None:
     raise ContainerError(f"the description doesn't match its checksum; {AGAIN}")
 
 
-def _tensor(entry: object) -> DescribedTensor:
-    if not isinstance(entry, dict):
-        raise ContainerError(f"a tensor is described by something else than an object; {AGAIN}")
-    name = _field(entry, "name", str, "a tensor")
-    check_name(name)
+def _tensor(entry: Any) -> DescribedTensor:
+    name, outline = outline_in(entry)
     where = f"tensor {name!r}"
-    spec = _spec(_field(entry, "spec", dict, where), where)
-    n, k = _side(entry, "n", where), _side(entry, "k", where)
-    bias, parts = _field(entry, "bias", bool, where), _field(entry, "parts", dict, where)
     try:
-        check_shape(spec, n, k)
+        check_shape(outline.spec, outline.n, outline.k)
         check_made(made := entry.get("made", {}))
     except VqError as error:
         raise ContainerError(f"{where}: {error}; {AGAIN}") from error
-    table = part_table(spec, n, k, bias=bias)
+    table, parts = outline.table(), field(entry, "parts", dict, where)
     if set(parts) != set(table):
         raise ContainerError(f"{where}: its parts don't go with its format; {AGAIN}")
     found = {part: _part(parts[part], table[part], f"{where}: {part}") for part in table}
     return DescribedTensor(
-        name=name, spec=spec, n=n, k=k, bias=bias, parts=found, made=frozen_made(made)
+        name=name,
+        spec=outline.spec,
+        n=outline.n,
+        k=outline.k,
+        bias=outline.bias,
+        parts=found,
+        made=frozen_made(made),
     )
 
 
@@ -310,10 +301,10 @@ def _part(entry: object, expected: Part, where: str) -> DescribedPart:
     if not isinstance(entry, dict):
         raise ContainerError(f"{where} is described by something else than an object; {AGAIN}")
     needs = {"dtype": _dtype_name(expected.dtype), "shape": list(expected.shape)}
-    for field, need in needs.items():
-        if entry.get(field) != need:
-            raise ContainerError(f"{where}: its {field} should be {need}; {AGAIN}")
-    checksum, file = _field(entry, "sha256", str, where), entry.get("file", "")
+    for fact, need in needs.items():
+        if entry.get(fact) != need:
+            raise ContainerError(f"{where}: its {fact} should be {need}; {AGAIN}")
+    checksum, file = field(entry, "sha256", str, where), entry.get("file", "")
     if not re.fullmatch("[0-9a-f]{64}", checksum) or not isinstance(file, str):
         raise ContainerError(f"{where}: its checksum or file's name can't be; {AGAIN}")
     return DescribedPart(checksum=checksum, file=file)

@@ -24,8 +24,9 @@ from torch import Tensor
 
 from vqkernels.atomic import staged
 from vqkernels.container.checksums import raw_bytes
-from vqkernels.container.manifest import MAX_TEXT, located
+from vqkernels.container.manifest import located
 from vqkernels.container.origin import Made
+from vqkernels.container.signed import MAX_TEXT
 from vqkernels.errors import ContainerError
 from vqkernels.formats.description import (
     AGAIN,

@@ -23,7 +23,14 @@ from vqkernels.container.checksums import raw_bytes
 from vqkernels.errors import ContainerError
 from vqkernels.formats.checkpoint import CONFIG, DTYPES, INDEX, WEIGHTS
 
-__all__ = ["SHARD_BYTES", "Group", "dense_group", "with_quantization", "write_checkpoint"]
+__all__ = [
+    "SHARD_BYTES",
+    "Group",
+    "dense_group",
+    "with_quantization",
+    "write_checkpoint",
+    "write_file",
+]
 
 SHARD_BYTES = 5_000_000_000  # transformers' own limit of a file
 
@@ -71,7 +78,7 @@ def write_checkpoint(
     with staged(folder, need=total) as made:
         made.mkdir()
         for name, shard in shards.items():
-            _write_file(made / name, shard)
+            write_file(made / name, shard)
         # last, so that what is there is not taken for a checkpoint before it is one
         if list(shards) != [WEIGHTS]:
             places = {
@@ -150,7 +157,8 @@ def _shards(groups: Sequence[Group], shard_bytes: int) -> dict[str, list[Group]]
     }
 
 
-def _write_file(path: Path, groups: Sequence[Group]) -> None:
+def write_file(path: Path, groups: Sequence[Group]) -> None:
+    """Write the tensors of `groups` to the new safetensors file `path`, a group at a time."""
     tensors = {key: entry for group in groups for key, entry in group.tensors.items()}
     # widest elements first, so that each lies at a multiple of its width
     order = sorted(tensors, key=lambda key: (-tensors[key][1].itemsize, key))

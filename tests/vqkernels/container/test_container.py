@@ -104,6 +104,15 @@ def test_parts_that_share_memory_or_lie_transposed_survive(path: Path) -> None:
     assert_same(loaded["b"], tensor)
 
 
+def test_a_part_of_one_number_survives_whatever_its_stride(path: Path) -> None:
+    spec = CodebookSpec(vector_length=2, stages=(2,), scale_axis="row")
+    scale = torch.tensor([1.0, 2.0], dtype=torch.float16)[::2]
+    assert scale.is_contiguous() and scale.stride() == (2,)
+    tensor = random_tensor(spec, 1, 4, fit=False).replace_parts(scale=scale)
+    container.save(path, {"a": tensor})
+    assert torch.equal(container.load(path)["a"].parts["scale"], scale)
+
+
 def test_names_may_hold_slashes_spaces_quotes_and_letters_of_any_script(path: Path) -> None:
     names = ["a/codes", "a", "a b", 'say "hi"', "back\\slash", "слой.0", "__metadata__"]
     tensors = {name: preset_tensor("toy-16-4", seed=seed) for seed, name in enumerate(names)}
@@ -328,7 +337,7 @@ def test_provenance_is_text(provenance: Any, path: Path) -> None:
 
 
 def test_too_much_provenance(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("vqkernels.container.manifest.MAX_TEXT", 2000)
+    monkeypatch.setattr("vqkernels.container.signed.MAX_TEXT", 2000)
     tensors = {"layer": preset_tensor("toy-16-4")}
     container.save(path, tensors, provenance={"note": "x" * 100})
     path.unlink()
@@ -389,7 +398,7 @@ def test_a_file_that_is_not_there(tmp_path: Path) -> None:
 
 
 def test_a_folder(tmp_path: Path) -> None:
-    not_loaded(tmp_path, "not a file")
+    not_loaded(tmp_path, "a folder without model.safetensors.index.json")
 
 
 def test_a_device() -> None:

@@ -319,7 +319,7 @@ def test_an_edited_description(change: Any, says: str, path: Path) -> None:
 
 
 def test_a_description_too_long(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("vqkernels.container.manifest.MAX_TEXT", 500)
+    monkeypatch.setattr("vqkernels.container.signed.MAX_TEXT", 500)
     refused(path, ContainerError, "over 500")
 
 

@@ -107,14 +107,14 @@ def test_no_date(created: str, path: Path) -> None:
 
 def test_fields_that_nobody_knows_are_passed_over(path: Path) -> None:
     container.save(path, TENSORS)
-    shard = {"number": 1, "of": [2, "x"]}
+    more = {"number": 1, "of": [2, "x"]}
 
     def add(content: dict[str, Any], _: object) -> None:
-        content["shard"] = shard
+        content["more"] = more
         content["tensors"][0]["colour"] = "red"
 
     rebuild(path, add)
-    assert container.open_container(path).info.extra == {"shard": shard}
+    assert container.open_container(path).info.extra == {"more": more}
     container.load(path, decoded=True)
 
 

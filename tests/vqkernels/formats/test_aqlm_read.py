@@ -55,7 +55,7 @@ def test_a_layer_is_the_wheels_bit_for_bit(seed: int, tmp_path: Path) -> None:
 
 @pytest.mark.sweep
 def test_many_layers_are_the_wheels_bit_for_bit(tmp_path: Path) -> None:
-    for seed in range(100, 400):
+    for seed in range(100, 500):
         hold_to_the_wheel(tmp_path, draw_case(seed))
 
 

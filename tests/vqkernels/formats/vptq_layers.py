@@ -23,7 +23,23 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-__all__ = ["Case", "Upstream", "draw_case", "make_layer", "upstream", "write_folder"]
+from vqkernels.errors import VqError
+from vqkernels.formats.checkpoint import Checkpoint
+from vqkernels.formats.vptq import VptqSource
+
+__all__ = [
+    "OUTLIERS",
+    "PLAIN",
+    "UNPACKED",
+    "Case",
+    "Upstream",
+    "case_of",
+    "draw_case",
+    "make_layer",
+    "refusal",
+    "upstream",
+    "write_folder",
+]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +56,7 @@ def upstream() -> Upstream:
     """The wheel, or a skipped test where there is none for this Python."""
     # what it prints: that it found no CUDA kernels
     with _stand_ins(), contextlib.redirect_stdout(io.StringIO()):
-        pytest.importorskip("vptq")
+        pytest.importorskip("vptq", reason="there is no wheel of vptq for this Python")
         gemm, pack = sys.modules["vptq.ops.quant_gemm"], sys.modules["vptq.utils.pack"]
         layer = sys.modules["vptq.layers.vqlinear"].VQuantLinear
     # on a machine with a GPU too, the torch path is the reference
@@ -79,6 +95,34 @@ class Case:
     def packed(self) -> bool:
         """Whether its codes are packed."""
         return bool(self.config["is_indice_packed"])
+
+
+PLAIN: dict[str, Any] = {
+    "in_features": 40,
+    "out_features": 22,
+    "vector_lens": [-1, 4],
+    "num_centroids": [-1, 32],
+    "num_res_centroids": [-1, 8],
+    "group_num": 1,
+    "group_size": 40,
+    "outlier_size": 0,
+    "indices_as_float": False,
+    "enable_norm": True,
+    "enable_perm": True,
+    "is_indice_packed": True,
+    "bias": True,
+}
+OUTLIERS = {
+    "vector_lens": [3, 4],
+    "num_centroids": [5, 32],
+    "outlier_size": 4,
+    "group_size": 36,
+}
+UNPACKED = {"is_indice_packed": False}
+
+
+def case_of(dtype: torch.dtype = torch.float16, **changes: Any) -> Case:
+    return Case({**PLAIN, **changes}, dtype)
 
 
 def draw_case(seed: int) -> Case:
@@ -220,3 +264,17 @@ def write_folder(
     folder.mkdir(exist_ok=True)
     (folder / "config.json").write_text(json.dumps({"quantization_config": described}))
     save_file(tensors, folder / "model.safetensors")
+
+
+def refusal(folder: Path, *, remove: str = "", **changes: Any) -> str:
+    """What opening a sound layer with another config says."""
+    state, _ = make_layer(case_of())
+    config = {name: value for name, value in {**PLAIN, **changes}.items() if name != remove}
+    write_folder(folder, [("m.q", config, state)])
+    with pytest.raises(VqError) as caught:
+        VptqSource(Checkpoint(folder))
+    message = str(caught.value)
+    assert "\n" not in message
+    assert "m.q" in message
+    assert message.startswith(str(folder))
+    return message

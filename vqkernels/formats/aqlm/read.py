@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from vqkernels.errors import ContainerError, SpecError, TensorError
+from vqkernels.errors import ContainerError, SpecError, TensorError, VqError
 from vqkernels.formats.aqlm.scheme import FLOATS, KEPT, Scheme
 from vqkernels.formats.checkpoint import CONFIG, Checkpoint
 from vqkernels.source import Outline, TensorSource
@@ -29,10 +29,13 @@ class AqlmSource(TensorSource):
 
     Codes have to be what aqlm writes: of fewer bits than their dtype, sign-extended. aqlm's own
     torch path takes any others modulo 2^bits, while its Triton kernel reads beyond the codebook.
+
+    skip_bad: pass over modules whose headers are wrong; `refused` then says why, by name.
     """
 
-    def __init__(self, checkpoint: Checkpoint) -> None:
+    def __init__(self, checkpoint: Checkpoint, *, skip_bad: bool = False) -> None:
         self.checkpoint = checkpoint
+        self.refused: dict[str, str] = {}
         config = checkpoint.folder / CONFIG
         if checkpoint.method != "aqlm":
             raise ContainerError(
@@ -49,11 +52,16 @@ class AqlmSource(TensorSource):
         kept = _kept(checkpoint)
         self._outlines: dict[str, Outline] = {}
         for name in self._keys:
-            if not kept.isdisjoint((name, f"{name}.weight")):
-                raise ContainerError(
-                    f"{config}: {KEPT} names {name!r}, which has codes; correct the config"
-                )
-            self._outlines[name] = self._check_headers(name)
+            try:
+                if not kept.isdisjoint((name, f"{name}.weight")):
+                    raise ContainerError(
+                        f"{config}: {KEPT} names {name!r}, which has codes; correct the config"
+                    )
+                self._outlines[name] = self._check_headers(name)
+            except VqError as error:
+                if not skip_bad:
+                    raise
+                self.refused[name] = str(error)
 
     def __getitem__(self, name: str) -> QuantizedTensor:
         outline = self._outlines[name]
@@ -159,7 +167,7 @@ def _keys_by_module(checkpoint: Checkpoint) -> dict[str, set[str]]:
     return {
         name: keys
         for name, keys in modules.items()
-        if name and not keys.isdisjoint((f"{name}.codes", f"{name}.codebooks"))
+        if not keys.isdisjoint((f"{name}.codes", f"{name}.codebooks"))
     }
 
 

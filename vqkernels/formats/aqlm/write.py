@@ -139,8 +139,7 @@ def _group_scales(scale: Tensor, width: int, where: str) -> Tensor:
             f"{where}: scales of rows {start} to {start + width - 1} differ, but AQLM has one for "
             f"{width} rows; keep it in a container"
         )
-    # a copy: of a single number, a view keeps strides that have no bytes
-    return groups[:, [0]].reshape(-1, 1, 1, 1)
+    return groups[:, 0].reshape(-1, 1, 1, 1)
 
 
 def _bias(bias: Tensor, dtype: torch.dtype, where: str) -> Tensor:

@@ -88,6 +88,9 @@ class Layer:
         outliers, groups = _count(config, "outlier_size", 0), _count(config, "group_num")
         if outlier_residual:
             raise UnsupportedError("num_res_centroids names residuals of outliers; VPTQ has none")
+        if not outliers and not (outlier_length > 1 and outlier_entries):
+            # as the upstream's own scripts say it too: [1, 8] and [1, 65536]
+            outlier_length = outlier_entries = 0
         layer = cls(
             in_features=inputs,
             out_features=outputs,

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vqkernels.errors import ContainerError, SpecError, TensorError
+from vqkernels.errors import ContainerError, SpecError, TensorError, VqError
 from vqkernels.formats.checkpoint import CONFIG, Checkpoint
 from vqkernels.formats.vptq.layer import FLOATS, Layer, Stored, is_kept, owners
 from vqkernels.packing import unpack_codes
@@ -31,10 +31,13 @@ class VptqSource(TensorSource):
     columns, permutation, scale and bias by column or row. Values keep the dtype they are stored
     in (config.json's torch_dtype has no say). Raises ContainerError, SpecError or TensorError,
     one line, where config and headers disagree, and at a lookup where the data is invalid.
+
+    skip_bad: pass over modules whose config or headers are wrong; `refused` then says why, by name.
     """
 
-    def __init__(self, checkpoint: Checkpoint) -> None:
+    def __init__(self, checkpoint: Checkpoint, *, skip_bad: bool = False) -> None:
         self.checkpoint = checkpoint
+        self.refused: dict[str, str] = {}
         self._config = checkpoint.folder / CONFIG
         if checkpoint.method != "vptq":
             raise ContainerError(
@@ -45,9 +48,16 @@ class VptqSource(TensorSource):
         self._layers: dict[str, Layer] = {}
         self._outlines: dict[str, Outline] = {}
         for name, config in self._configs().items():
-            with _located(f"{self._config}: module {name!r}"):
-                self._layers[name] = Layer.from_config(config)
-            self._outlines[name] = self._check_headers(name, self._layers[name])
+            try:
+                with _located(f"{self._config}: module {name!r}"):
+                    layer = Layer.from_config(config)
+                self._outlines[name] = self._check_headers(name, layer)
+            except VqError as error:
+                if not skip_bad:
+                    raise
+                self.refused[name] = str(error)
+            else:
+                self._layers[name] = layer
         self._check_strays()
 
     def __getitem__(self, name: str) -> QuantizedTensor:
@@ -74,7 +84,8 @@ class VptqSource(TensorSource):
 
     def dense_keys(self) -> list[str]:
         """The tensors of the checkpoint that belong to no quantised module."""
-        quantised = {key for name in self._layers for key in self._keys[name]}
+        modules = [*self._layers, *self.refused]
+        quantised = {key for name in modules for key in self._keys.get(name, ())}
         return [key for key in self.checkpoint.keys() if key not in quantised]  # noqa: SIM118
 
     # --------------------------------------------------------------------------------------------
@@ -133,7 +144,8 @@ class VptqSource(TensorSource):
     def _check_strays(self) -> None:
         """Every VPTQ tensor belongs to a quantised module, and those have nothing inside them."""
         for name, keys in self._keys.items():
-            if name not in self._layers and f"{name}.centroids.weight" in keys:
+            known = name in self._layers or name in self.refused
+            if not known and f"{name}.centroids.weight" in keys:
                 raise ContainerError(
                     f"{self._config}: module {name!r} holds VPTQ tensors, but has no entry in "
                     f"config_for_layers or shared_layer_config, or is in modules_to_not_convert; "
