@@ -246,6 +246,8 @@ def _mapped(folder: str | os.PathLike[str]) -> tuple[Path, Mapped]:
 
 def _rank(path: Path, mapped: Mapped, rank: int) -> Container:
     home = path.parent / mapped.folder / rank_name(rank, mapped.ranks)
+    if not (home / INDEX).is_file():
+        raise ContainerError(f"{home / INDEX}: is missing, but {MAPPING} wants it; {_AGAIN}")
     container = open_container(home / INDEX)
     with located(home / INDEX):
         if container.info.digest != mapped.indexes[rank]:
