@@ -101,6 +101,7 @@ def test_a_set_says_what_it_is(tmp_path: Path) -> None:
         found |= dict.fromkeys(keys, path.name)
     assert index["weight_map"] == found
     assert index["metadata"]["total_size"] == size
+    assert index["metadata"]["vqbench_sha256"] == info.digest
     described = json.loads(index["metadata"]["vqbench"])
     for number, (entry, path) in enumerate(zip(described["shards"], files, strict=True), start=1):
         with safe_open(path, "pt") as file:
@@ -233,6 +234,13 @@ def test_what_fails_leaves_what_was_there(there: bool, tmp_path: Path) -> None:
         assert str(caught.value).startswith(f"{folder}: ")
         assert "\n" not in str(caught.value)
         assert contents(folder) == before if there else not folder.exists()
+
+
+def test_an_empty_folder_stays(tmp_path: Path) -> None:
+    with pytest.raises(ContainerError):
+        container.save_shards(tmp_path, {}, shard_bytes=1)
+    assert left(tmp_path) == []
+    assert tmp_path.exists()
 
 
 def test_a_disk_that_fills_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -479,7 +487,7 @@ def test_an_index_of_other_bytes(data: bytes, says: str, folder: Path) -> None:
 
 def test_an_index_too_long(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("vqkernels.container.signed.MAX_FILE", 800)
-    refused(folder, INDEX, "over 800")
+    refused(folder, INDEX, "json: is .* bytes long, over 800")
 
 
 def test_an_index_that_is_missing(folder: Path) -> None:

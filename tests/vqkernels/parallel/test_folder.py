@@ -216,10 +216,12 @@ def test_what_fails_leaves_what_was_there(
     before = contents(top) if there else {}
     good = some(seed=5)
     bad = good["layers.1.o_proj"]
+    lost = bad.replace_parts(permutation=bad.parts["permutation"].clone().fill_(0))
     bad = bad.replace_parts(codes=bad.parts["codes"].clone().fill_(255))
     cases: list[tuple[Any, dict[str, Any], type[VqError], str]] = [
         ({}, {}, ContainerError, "no tensors"),
         ({**good, "layers.1.o_proj": bad}, {}, TensorError, "tensor 'layers.1.o_proj': codes"),
+        ({"a.o_proj": lost}, {}, TensorError, "tensor 'a.o_proj': permutation names"),
         (good, {"ranks": 0}, ContainerError, "0 ranks; use 1"),
         (good, {"ranks": 9}, UnsupportedError, "tensor 'layers.0.q_proj': 32 outputs"),
         (good, {"provenance": {"a": 1}}, ContainerError, "than strings"),
