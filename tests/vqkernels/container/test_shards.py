@@ -62,7 +62,7 @@ def shard_files(folder: Path) -> list[Path]:
 # what is written
 
 
-@settings(max_examples=12)
+@settings(max_examples=8)
 @given(
     st.lists(quantized_tensors(max_side=16, max_entries=40), min_size=1, max_size=5),
     st.integers(1, 6000),
@@ -311,12 +311,17 @@ def test_a_writer_that_fails_at_the_index(tmp_path: Path, monkeypatch: pytest.Mo
 # an index and shards that disagree
 
 
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    folder = tmp_path / "set"
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("shards") / "set"
     container.save_shards(folder, some(), shard_bytes=1000)
     assert len(shard_files(folder)) == 3
     return folder
+
+
+@pytest.fixture
+def folder(written: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(written, tmp_path / "set"))
 
 
 def refused(folder: Path, file: str, says: str) -> None:
