@@ -35,9 +35,9 @@ def check_kills(*jobs: str) -> None:
 
 
 def test_writers_killed_at_some_lines() -> None:
-    check_kills("shards:old:16:2", "ranks:old:10:0", "shards:none:6:0", "ranks:none:10:0")
+    check_kills("shards:old:9:2", "ranks:old:9:0", "shards:none:4:0", "ranks:none:4:0")
 
 
 @pytest.mark.sweep
 def test_writers_killed_at_many_lines() -> None:
-    check_kills("shards:old:100:20", "ranks:old:100:20", "shards:none:30:5", "ranks:none:30:5")
+    check_kills("shards:old:70:15", "ranks:old:70:15", "shards:none:20:5", "ranks:none:20:5")

@@ -205,8 +205,8 @@ def test_100_forgeries(subjects: list[Subject]) -> None:
 
 
 @pytest.mark.sweep
-def test_2000_forgeries(subjects: list[Subject]) -> None:
-    forge(subjects, 2000)
+def test_1000_forgeries(subjects: list[Subject]) -> None:
+    forge(subjects, 1000)
 
 
 def test_what_was_not_changed_is_read(subjects: list[Subject]) -> None:

@@ -62,7 +62,7 @@ def shard_files(folder: Path) -> list[Path]:
 # what is written
 
 
-@settings(max_examples=12)
+@settings(max_examples=8)
 @given(
     st.lists(quantized_tensors(max_side=16, max_entries=40), min_size=1, max_size=5),
     st.integers(1, 6000),
@@ -101,6 +101,7 @@ def test_a_set_says_what_it_is(tmp_path: Path) -> None:
         found |= dict.fromkeys(keys, path.name)
     assert index["weight_map"] == found
     assert index["metadata"]["total_size"] == size
+    assert index["metadata"]["vqbench_sha256"] == info.digest
     described = json.loads(index["metadata"]["vqbench"])
     for number, (entry, path) in enumerate(zip(described["shards"], files, strict=True), start=1):
         with safe_open(path, "pt") as file:
@@ -235,6 +236,13 @@ def test_what_fails_leaves_what_was_there(there: bool, tmp_path: Path) -> None:
         assert contents(folder) == before if there else not folder.exists()
 
 
+def test_an_empty_folder_stays(tmp_path: Path) -> None:
+    with pytest.raises(ContainerError):
+        container.save_shards(tmp_path, {}, shard_bytes=1)
+    assert left(tmp_path) == []
+    assert tmp_path.exists()
+
+
 def test_a_disk_that_fills_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     container.save_shards(tmp_path, some(3), shard_bytes=1000)
     before = contents(tmp_path)
@@ -303,12 +311,17 @@ def test_a_writer_that_fails_at_the_index(tmp_path: Path, monkeypatch: pytest.Mo
 # an index and shards that disagree
 
 
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    folder = tmp_path / "set"
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("shards") / "set"
     container.save_shards(folder, some(), shard_bytes=1000)
     assert len(shard_files(folder)) == 3
     return folder
+
+
+@pytest.fixture
+def folder(written: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(written, tmp_path / "set"))
 
 
 def refused(folder: Path, file: str, says: str) -> None:
@@ -479,7 +492,7 @@ def test_an_index_of_other_bytes(data: bytes, says: str, folder: Path) -> None:
 
 def test_an_index_too_long(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("vqkernels.container.signed.MAX_FILE", 800)
-    refused(folder, INDEX, "over 800")
+    refused(folder, INDEX, "json: is .* bytes long, over 800")
 
 
 def test_an_index_that_is_missing(folder: Path) -> None:
