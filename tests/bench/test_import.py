@@ -207,13 +207,14 @@ def test_nothing_is_overwritten_unasked(folder: Path, tmp_path: Path) -> None:
     imported(folder, tmp_path / "out", "--force", "--codes", "ans")
 
 
+@pytest.mark.parametrize("change", [lambda value: value + 1, torch.flatten])
 def test_a_dense_tensor_that_does_not_read_back(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    change: Callable[[torch.Tensor], torch.Tensor],
+    folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    def another(self: DenseFile, key: str) -> torch.Tensor:
-        return DENSE[key] + 1
-
-    monkeypatch.setattr(DenseFile, "__getitem__", another)
+    monkeypatch.setattr(DenseFile, "__getitem__", lambda _, key: change(DENSE[key]))
     refused(folder, tmp_path / "out", "dense tensor 'lm_head.weight' doesn't read back")
     imported(folder, tmp_path / "out", "--no-verify")
 
@@ -229,6 +230,7 @@ def test_ctrl_c_leaves_nothing(
 
     monkeypatch.setitem(conversion._WRITERS, "model", interrupt)
     refused(folder, tmp_path / "out", "interrupted: .*out was not written")
+    assert run(folder, tmp_path / "out").exit_code == 130
     assert set(tmp_path.iterdir()) == {folder}
 
 
