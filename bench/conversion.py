@@ -15,18 +15,18 @@ from typing import Literal
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from bench.sources import DenseFile, Imported, View, digest_of, model_of, stored_bytes
+from bench.sources import Imported, View, digest_of, model_of, stored_bytes
 from vqkernels import container
 from vqkernels.atomic import staged
 from vqkernels.container.checksums import raw_bytes
 from vqkernels.container.manifest import Coding
 from vqkernels.container.shards import save_shards
+from vqkernels.dense import DENSE_CHECKSUM, DENSE_FILE, DenseFile
 from vqkernels.errors import ContainerError
 from vqkernels.formats import aqlm, open_source, vptq
 from vqkernels.formats.npz import save_npz
 from vqkernels.formats.plain import save_plain
 from vqkernels.formats.write_checkpoint import dense_group, write_file
-from vqkernels.models import DENSE_FILE
 from vqkernels.parallel import SplitAxis, axis_of, save_parallel
 from vqkernels.source import TensorSource
 
@@ -209,7 +209,7 @@ def _write_model(path: Path, view: View, layout: Layout, origin: Mapping[str, st
     write_file(path / DENSE_FILE, [dense_group(dense, key) for key in dense])
     with (path / DENSE_FILE).open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
-    _write_shards(path, view, layout, {**origin, "dense_sha256": digest})
+    _write_shards(path, view, layout, {**origin, DENSE_CHECKSUM: digest})
     for name in _carried(checkpoint.folder):
         shutil.copyfile(checkpoint.folder / name, path / name)
 

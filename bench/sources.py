@@ -2,33 +2,29 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import fnmatch
 import hashlib
 import json
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any, Literal, Protocol, runtime_checkable
 
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from vqkernels.container import Container
 from vqkernels.container.checksums import raw_bytes
 from vqkernels.container.origin import Made
+from vqkernels.dense import DENSE_FILE, open_dense
 from vqkernels.errors import ContainerError
 from vqkernels.formats import Checkpoint
 from vqkernels.formats.checkpoint import CONFIG, read_json
-from vqkernels.models import DENSE_FILE
 from vqkernels.parallel import ParallelSource
 from vqkernels.source import Outline, TensorSource
 from vqkernels.spec import CodebookSpec
 from vqkernels.tensor import QuantizedTensor
 
 __all__ = [
-    "DenseFile",
     "Imported",
     "Traversal",
     "View",
@@ -55,42 +51,6 @@ class Imported(Protocol):
     refused: dict[str, str]
 
     def dense_keys(self) -> list[str]: ...  # noqa: D102  # as there
-
-
-class DenseFile(Mapping[str, Tensor]):
-    """The tensors of the safetensors file at `path`, each read when it is looked up.
-
-    Raises ContainerError, which names the file, where it is none.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        with self._opened() as file:
-            self._keys: list[str] = list(file.keys())
-
-    def __getitem__(self, key: str) -> Tensor:
-        if key not in self._keys:
-            raise KeyError(key)
-        with self._opened() as file:
-            value: Tensor = file.get_tensor(key).clone()
-        return value
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._keys)
-
-    def __len__(self) -> int:
-        return len(self._keys)
-
-    @contextlib.contextmanager
-    def _opened(self) -> Iterator[Any]:
-        try:
-            with safe_open(self._path, framework="pt") as file:
-                yield file
-        except (OSError, SafetensorError) as error:
-            reason = str(error).partition("\n")[0]
-            raise ContainerError(
-                f"{self._path}: can't be read ({reason}); import the checkpoint again"
-            ) from error
 
 
 class View(TensorSource):
@@ -173,7 +133,7 @@ def model_of(source: TensorSource) -> tuple[dict[str, Any], Mapping[str, Tensor]
         return source.checkpoint.config, source.checkpoint.tensors(source.dense_keys())
     folder = source.path.parent if isinstance(source, Container) else None
     if folder and (folder / DENSE_FILE).is_file() and (folder / CONFIG).is_file():
-        return read_json(folder / CONFIG), DenseFile(folder / DENSE_FILE)
+        return read_json(folder / CONFIG), open_dense(folder)
     return None
 
 

@@ -14,23 +14,19 @@ import contextlib
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from vqkernels import heap
-from vqkernels.errors import ContainerError, TensorError
-from vqkernels.formats import Checkpoint, open_source
+from vqkernels.dense import open_dense
+from vqkernels.errors import TensorError
 from vqkernels.nn import VQLinear
 
-__all__ = ["DENSE_FILE", "load_dense", "without_weights"]
-
-DENSE_FILE = "dense.safetensors"
-"""Beside the containers of an imported folder: what its checkpoint did not quantise."""
+__all__ = ["load_dense", "without_weights"]
 
 
 @contextlib.contextmanager
@@ -79,9 +75,12 @@ def load_dense(
     TensorError or ContainerError, before anything is changed, and for what would be left on the
     meta device.
     """
-    stored, where = _opened(source)
+    if isinstance(source, Mapping):
+        stored, where = source, "the given tensors"
+    else:
+        stored, where = open_dense(source), str(Path(source))
     places = _places(model)
-    homes = {key: key.removeprefix(prefix) for key in stored.keys() if key.startswith(prefix)}  # noqa: SIM118
+    homes = {key: key.removeprefix(prefix) for key in stored if key.startswith(prefix)}
     if unused := [key for key, name in homes.items() if name not in places]:
         if strict:
             raise TensorError(
@@ -89,13 +88,13 @@ def load_dense(
                 f"of the model; set prefix, or strict=False to skip it"
             )
         homes = {key: name for key, name in homes.items() if name in places}
-    _check_shapes(stored, homes, places, where)
     _check_complete(model, {id(places[name]) for name in homes.values()}, where)
     loaded: dict[int, Tensor] = {}
     for key, name in homes.items():
         old = places[name]
-        value = _placed(stored.read(key), old, dtype)
-        if not torch.equal(loaded.setdefault(id(old), value), value):
+        value = _placed(stored[key], old, dtype, f"{where}: tensor {key!r} for {name!r}")
+        first = loaded.setdefault(id(old), value)
+        if first is not value and not torch.equal(first, value):
             raise TensorError(
                 f"{where}: tensor {key!r} is tied to another in the model, but is stored with "
                 f"other values; untie them (tie_word_embeddings) or drop one"
@@ -107,96 +106,6 @@ def load_dense(
         owner, _, attribute = name.rpartition(".")
         setattr(model.get_submodule(owner), attribute, loaded[id(places[name])])
     return names
-
-
-class _Stored(Protocol):
-    """Dense tensors by key, each read when it is asked for."""
-
-    def keys(self) -> list[str]: ...
-    def shape(self, key: str) -> tuple[int, ...]: ...
-    def read(self, key: str) -> Tensor: ...
-
-
-class _Given:
-    """Tensors that are in memory."""
-
-    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
-        self._tensors = tensors
-
-    def keys(self) -> list[str]:
-        return list(self._tensors)
-
-    def shape(self, key: str) -> tuple[int, ...]:
-        return tuple(self._tensors[key].shape)
-
-    def read(self, key: str) -> Tensor:
-        return self._tensors[key].detach()
-
-
-class _File:
-    """A safetensors file, mapped while a tensor is copied out: mapped pages count as memory."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        with self._opened() as file:
-            self._shapes = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
-
-    def keys(self) -> list[str]:
-        return list(self._shapes)
-
-    def shape(self, key: str) -> tuple[int, ...]:
-        return self._shapes[key]
-
-    def read(self, key: str) -> Tensor:
-        with self._opened() as file:
-            value: Tensor = file.get_tensor(key).clone()
-        return value
-
-    @contextlib.contextmanager
-    def _opened(self) -> Iterator[Any]:
-        try:
-            with safe_open(self._path, framework="pt") as file:
-                yield file
-        except (OSError, SafetensorError) as error:
-            reason = str(error).partition("\n")[0]
-            raise ContainerError(
-                f"{self._path}: can't be read ({reason}); import the checkpoint again"
-            ) from error
-
-
-@runtime_checkable
-class _Checkpoint(Protocol):
-    """A source that is a model's checkpoint: VPTQ's or AQLM's."""
-
-    checkpoint: Checkpoint
-
-    def dense_keys(self) -> list[str]: ...
-
-
-class _OfCheckpoint:
-    """What a checkpoint holds beside its quantised modules."""
-
-    def __init__(self, source: _Checkpoint) -> None:
-        self._keys, checkpoint = source.dense_keys(), source.checkpoint
-        self.shape, self.read = checkpoint.shape, checkpoint.read
-
-    def keys(self) -> list[str]:
-        return self._keys
-
-
-def _opened(source: str | os.PathLike[str] | Mapping[str, Tensor]) -> tuple[_Stored, str]:
-    if isinstance(source, Mapping):
-        return _Given(source), "the given tensors"
-    path = Path(source)
-    if (path / DENSE_FILE).is_file():
-        return _File(path / DENSE_FILE), str(path / DENSE_FILE)
-    quantised = open_source(path)
-    if isinstance(quantised, _Checkpoint):
-        return _OfCheckpoint(quantised), str(path)
-    raise ContainerError(
-        f"{path}: holds no {DENSE_FILE}, and is no checkpoint; give the folder that "
-        f"`vqbench import` made, or the checkpoint's own"
-    )
 
 
 # ------------------------------------------------------------------------------------------------
@@ -219,17 +128,6 @@ def _places(model: nn.Module) -> dict[str, Tensor]:
     return places
 
 
-def _check_shapes(
-    stored: _Stored, homes: Mapping[str, str], places: Mapping[str, Tensor], where: str
-) -> None:
-    for key, name in homes.items():
-        if stored.shape(key) != tuple(places[name].shape):
-            raise TensorError(
-                f"{where}: tensor {key!r} is {list(stored.shape(key))}, but {name!r} of the model "
-                f"is {list(places[name].shape)}; it was made for another model"
-            )
-
-
 def _check_complete(model: nn.Module, filled: set[int], where: str) -> None:
     """Raise TensorError, naming the first, where something would be left without memory."""
     for name, parameter in model.named_parameters():
@@ -246,10 +144,15 @@ def _check_complete(model: nn.Module, filled: set[int], where: str) -> None:
             )
 
 
-def _placed(value: Tensor, old: Tensor, dtype: torch.dtype | None) -> Tensor:
+def _placed(value: Tensor, old: Tensor, dtype: torch.dtype | None, where: str) -> Tensor:
     """`value` where `old` is, as what `old` is."""
+    if value.shape != old.shape:
+        raise TensorError(
+            f"{where} is {list(value.shape)}, but the model's is {list(old.shape)}; "
+            f"it was made for another model"
+        )
     place = torch.device("cpu") if old.is_meta else old.device
-    value = value.to(place, dtype if value.is_floating_point() else None)
+    value = value.detach().to(place, dtype if value.is_floating_point() else None)
     if isinstance(old, nn.Parameter):
         return nn.Parameter(value, old.requires_grad and value.is_floating_point())
     return value

@@ -14,10 +14,11 @@ from safetensors.torch import load_file, save_file
 
 from bench import conversion
 from bench.cli import cli
-from bench.sources import DenseFile, Imported
+from bench.sources import Imported
 from tests.bench.checkpoints import CONFIG, DENSE, O, Q, assert_same, make_aqlm, make_vptq
 from vqkernels import container
 from vqkernels.container.checksums import raw_bytes
+from vqkernels.dense import DenseFile
 from vqkernels.errors import ContainerError, VqError
 from vqkernels.formats import open_source
 from vqkernels.source import TensorSource

@@ -11,10 +11,11 @@ import torch
 from hypothesis import given, settings
 from safetensors.torch import save_file
 
-from bench.sources import DenseFile, View, digest_of, stored_bytes
+from bench.sources import View, digest_of, stored_bytes
 from tests.bench.checkpoints import DENSE, RQ, O, Q, make_container, make_vptq, matrices
 from tests.strategies import quantized_tensors
 from vqkernels.container import open_container
+from vqkernels.dense import DenseFile
 from vqkernels.formats import open_source, vptq
 from vqkernels.parallel import open_parallel, save_parallel
 from vqkernels.tensor import QuantizedTensor

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from vqkernels import models
+from vqkernels.dense import DenseFile
 from vqkernels.errors import ContainerError, TensorError
 from vqkernels.models import load_dense, without_weights
 from vqkernels.nn import VQLinear, replace_linears
@@ -131,7 +131,7 @@ def without(name: str) -> dict[str, torch.Tensor]:
         (dense() | {"angles": torch.zeros(4)}, "'angles' .* names no parameter or buffer"),
         (
             dense() | {"norm.bias": torch.zeros(25)},
-            r"'norm.bias' is \[25\], but 'norm.bias' of the model is \[24\]; it was made for",
+            r"tensor 'norm.bias' for 'norm.bias' is \[25\], but the model's is \[24\]; it was made",
         ),
         (
             dense() | {"head.weight": torch.zeros(9, 16)},
@@ -185,15 +185,14 @@ def test_a_damaged_file_is_one_line_and_nothing_is_changed(tmp_path, monkeypatch
     elif damage == "truncated":
         path.write_bytes(path.read_bytes()[:-1])
     else:
-        whole = models._File.read
-        short = path.read_bytes()[:-1]
+        whole, short = DenseFile.__getitem__, path.read_bytes()[:-1]
 
         def read(self, key):
             path.unlink()
             path.write_bytes(short)
             return whole(self, key)
 
-        monkeypatch.setattr(models._File, "read", read)
+        monkeypatch.setattr(DenseFile, "__getitem__", read)
     with pytest.raises(ContainerError, match=str(tmp_path)) as error:
         load_dense(model, tmp_path)
     assert "\n" not in str(error.value)

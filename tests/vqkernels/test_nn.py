@@ -8,17 +8,21 @@ import io
 import pickle
 import shutil
 import threading
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
+from autotune import memory
 from vqkernels import oracle
 from vqkernels.container import save
 from vqkernels.errors import ContainerError, TensorError, UnsupportedError
+from vqkernels.formats import vptq
 from vqkernels.nn import VQLinear, replace_linears
 from vqkernels.presets import PRESETS, parse_format
 from vqkernels.source import Outline, TensorSource, outline_of
+from vqkernels.spec import CodebookSpec
 from vqkernels.tensor import QuantizedTensor, random_tensor
 from vqkernels.testing import field_cases
 
@@ -398,3 +402,32 @@ def test_a_matrix_that_is_not_as_its_outline_is_refused():
     with pytest.raises(TensorError, match=r"tensor '0.up' is \[41, 64\], but module '0.up' is"):
         replace_linears(changed, Liar({"0.up": weight(40, 64)}))
     assert untouched(changed)
+
+
+# ------------------------------------------------------------------------------------------------
+# memory
+
+
+def grown_by(path: Path, given: dict[str, QuantizedTensor]) -> int | None:
+    """Bytes by which memory grew, at the worst moment, while a model on meta got its matrices."""
+    with torch.device("meta"):
+        linears = [nn.Linear(one.k, one.n, bias=False) for one in given.values()]
+    changed = nn.Sequential(*linears)
+    return memory.peak_during(lambda: replace_linears(changed, path) and None, "cpu")
+
+
+@pytest.mark.parametrize("kind", ["container", pytest.param("vptq", marks=pytest.mark.sweep)])
+def test_a_model_takes_its_quantised_size_and_a_layer(tmp_path, kind):
+    spec = CodebookSpec(method="vptq", vector_length=1, stages=(256, 256), vector_axis="out")
+    tensor = weight(2048, 2048, spec)
+    small, large = {"0": tensor.rows(0, 64)}, {str(number): tensor for number in range(6)}
+    write = save if kind == "container" else vptq.export
+    write(tmp_path / "small", small)
+    write(tmp_path / "large", large)
+    if grown_by(tmp_path / "small", small) is None:  # also what is loaded and made only once
+        pytest.skip("this system doesn't tell a process's peak memory")
+    one = sum(part.nbytes for part in tensor.parts.values())
+    assert one > 2 * memory.SLACK
+    # whatever else the process does may add to it, and can't take away
+    grown = (grown_by(tmp_path / "large", large) - 6 * one for _ in range(3))
+    assert any(0 <= more < one + memory.SLACK for more in grown)

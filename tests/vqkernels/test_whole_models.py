@@ -16,14 +16,17 @@ For a model whose linear layers are quantised, three things are shown on the sam
 from __future__ import annotations
 
 import dataclasses
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from click.testing import CliRunner
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from bench.cli import cli
 from vqkernels import oracle
 from vqkernels.container import save
 from vqkernels.formats import aqlm, vptq
@@ -87,12 +90,12 @@ def linears(model: nn.Module) -> dict[str, nn.Module]:
 
 # What a folder is, its model's options, and the format of its matrices.
 FOLDERS = {
-    "imported": ({"attention_bias": True}, parse_format("rq-2x16x4")),
+    "container": ({"attention_bias": True}, parse_format("rq-2x16x4")),
     "vptq": (
         {"tie_word_embeddings": True},
         CodebookSpec(method="vptq", vector_length=4, stages=(16, 8), vector_axis="out"),
     ),
-    "aqlm": ({}, Scheme(2, 4, 1, 4).spec(torch.float16)),
+    "imported": ({}, Scheme(2, 4, 1, 4).spec(torch.float16)),
 }
 
 
@@ -127,13 +130,18 @@ def write(case: Case, folder: Path) -> Path:
     }
     if case.config.tie_word_embeddings:
         del kept["lm_head.weight"]
-    if case.folder == "imported":
+    if case.folder == "container":
         folder.mkdir()
         save(folder / "model.vq.safetensors", case.tensors)
         save_file(kept, folder / "dense.safetensors")
         return folder / "model.vq.safetensors"
     export = vptq.export if case.folder == "vptq" else aqlm.export
-    export(folder, case.tensors, config=case.config.to_dict(), dense=kept)
+    checkpoint = folder.with_name("checkpoint") if case.folder == "imported" else folder
+    export(checkpoint, case.tensors, config=case.config.to_dict(), dense=kept)
+    if case.folder == "imported":
+        done = CliRunner().invoke(cli, ["import", str(checkpoint), "-o", str(folder)])
+        assert done.exit_code == 0, done.output
+        shutil.rmtree(checkpoint)
     return folder
 
 

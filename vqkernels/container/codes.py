@@ -26,7 +26,7 @@ from vqkernels.spec import CodebookSpec
 
 __all__ = ["check_expansion", "check_usage", "restore_codes", "store_codes"]
 
-_PIECE = 1 << 21  # code bits worked on at once
+_PIECE = 1 << 19  # code bits worked on at once: less than 1 MB of temporary numbers
 
 # Bytes that one part more takes at most: 63 of padding, and the entries of part, pad and checksum.
 _PART_COST = 320

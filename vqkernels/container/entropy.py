@@ -32,6 +32,7 @@ from vqkernels.errors import BackendError, ContainerError
 __all__ = ["decode", "encode", "require"]
 
 _SLOTS = 1 << 24
+_PIECE = 1 << 18  # symbols decoded at once
 
 
 def encode(symbols: NDArray[np.int32], counts: NDArray[np.int64]) -> NDArray[np.uint32]:
@@ -48,18 +49,22 @@ def encode(symbols: NDArray[np.int32], counts: NDArray[np.int64]) -> NDArray[np.
 
 def decode(
     words: NDArray[np.uint32], counts: NDArray[np.int64], number: int, where: str
-) -> NDArray[np.int32]:
+) -> NDArray[np.uint16]:
     """The first `number` symbols of a stream, which must be all of it.
 
-    They are below `len(counts)`, whatever is in `words`. Raises ContainerError, which starts with
-    `where`, for a stream that isn't used up exactly, BackendError where constriction isn't
-    installed.
+    They are below `len(counts)`, 65,536 at most, whatever is in `words`. Raises ContainerError,
+    which starts with `where`, for a stream that isn't used up exactly, BackendError where
+    constriction isn't installed.
     """
     library = require()
     if len(words) and not words[-1]:
         raise ContainerError(f"{where} ends in a zero")
     coder = library.stream.stack.AnsCoder(words)
-    symbols: NDArray[np.int32] = coder.decode(_model(library, counts), number)
+    model, symbols = _model(library, counts), np.empty(number, np.uint16)
+    # a piece at a time: the library gives 32 bits a symbol
+    for start in range(0, number, _PIECE):
+        stop = min(start + _PIECE, number)
+        symbols[start:stop] = coder.decode(model, stop - start)
     if not coder.is_empty():
         raise ContainerError(f"{where} is not of {number:,} codes with this usage")
     return symbols

@@ -34,7 +34,7 @@ from typing import Any, Literal, get_args
 
 from vqkernels.container.origin import Made, check_made, frozen_made
 from vqkernels.container.signed import DAMAGED, DIGEST, TEXT, check_version, field, sign, signed
-from vqkernels.errors import ContainerError, SpecError, TensorError
+from vqkernels.errors import BackendError, ContainerError, SpecError, TensorError
 from vqkernels.source import Outline
 from vqkernels.spec import SPEC_VERSION, CodebookSpec
 
@@ -174,7 +174,7 @@ def located(path: Path) -> Iterator[None]:
     """Puts the file's name in front of the errors inside."""
     try:
         yield
-    except (ContainerError, TensorError) as error:
+    except (BackendError, ContainerError, TensorError) as error:
         raise type(error)(f"{path}: {error}") from error
 
 
@@ -276,4 +276,4 @@ def _spec(fields: dict[str, Any], where: str) -> CodebookSpec:
     try:
         return CodebookSpec.from_dict(fields)
     except SpecError as error:
-        raise ContainerError(f"{where}: {error}") from error
+        raise ContainerError(f"{where}: {error}; {DAMAGED}") from error

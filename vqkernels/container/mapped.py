@@ -14,6 +14,8 @@ from vqkernels.errors import ContainerError
 
 __all__ = ["MappedFile"]
 
+_PIECE = 1 << 20  # bytes copied at once
+
 _AGAIN = "copy it again from its source"
 
 
@@ -44,8 +46,11 @@ class MappedFile:
             raise ContainerError(f"was cut short while it was open; {_AGAIN}")
         numel = int(np.prod(shape, dtype=np.int64))
         size = numel * dtype.itemsize
-        value = np.frombuffer(self._map, np.uint8, size, offset).copy()
-        # mapped pages count as ours: a model that is read through would take twice its memory.
-        # All of them, since the kernel maps up to 64 KB around the page that is touched
-        self._map.madvise(mmap.MADV_DONTNEED)
+        value = np.empty(size, np.uint8)
+        for start in range(0, size, _PIECE):
+            stop = min(start + _PIECE, size)
+            value[start:stop] = np.frombuffer(self._map, np.uint8, stop - start, offset + start)
+            # mapped pages count as ours: a model that is read through would take twice its memory.
+            # All of them, since the kernel maps up to 64 KB around the page that is touched
+            self._map.madvise(mmap.MADV_DONTNEED)
         return torch.from_numpy(value).view(dtype).reshape(tuple(shape))

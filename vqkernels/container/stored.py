@@ -10,9 +10,10 @@ of the codes `[rows, columns, stages]` there are
         stage; uint8, uint16 or uint32, the first that holds the largest count. For every stage
         or none, as the matrix's `usage` says, and for each stage that is coded `ans`
 
-Both are of the transposed grid, `[columns, rows, stages]`, where the format's traversal is by
-column; a stream takes the cells row after row. A stream has a word for every 64 codes at least, so
-that no small file asks for much memory, and the grid fewer than 2^31 cells.
+Codes and streams are of the grid as part_table has it, or of the transposed one, `[columns, rows,
+stages]`, where the format's traversal is by column; a stream takes its cells row after row. It has
+a word for every 64 codes at least, and the grid fewer than 2^31 cells: so a small file can't ask
+for much memory.
 """
 
 from __future__ import annotations

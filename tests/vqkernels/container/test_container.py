@@ -3,6 +3,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -272,6 +273,37 @@ def test_equal_arguments_make_equal_files(tmp_path: Path) -> None:
     for name in ("1", "2"):
         container.save(tmp_path / name, tensors, provenance={"date": "2025-01-31"})
     assert (tmp_path / "1").read_bytes() == (tmp_path / "2").read_bytes()
+
+
+class Counting(dict[str, QuantizedTensor]):
+    """A mapping that knows what was looked up."""
+
+    def __init__(self, tensors: dict[str, QuantizedTensor]) -> None:
+        super().__init__(tensors)
+        self.asked: list[str] = []
+
+    def __getitem__(self, name: str) -> QuantizedTensor:
+        self.asked.append(name)
+        return super().__getitem__(name)
+
+    def items(self) -> Any:
+        return Mapping.items(self)
+
+    def values(self) -> Any:
+        return Mapping.values(self)
+
+
+def test_each_tensor_of_a_source_is_looked_up_once(path: Path) -> None:
+    tensors = Counting(
+        {name: preset_tensor("toy-16-4", seed=seed) for seed, name in enumerate("ba")}
+    )
+    container.save(path, tensors, made={"a": {"seed": 1}})
+    assert tensors.asked == ["b", "a"]
+    # and a file can be saved from itself
+    before = path.read_bytes()
+    source = container.open_container(path)
+    container.save(path, source, made={"a": source.outline("a").made})
+    assert path.read_bytes() == before
 
 
 # ------------------------------------------------------------------------------------------------

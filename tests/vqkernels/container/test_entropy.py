@@ -192,12 +192,30 @@ def test_a_small_layer_gains_nothing(tmp_path: Path) -> None:
     assert (tmp_path / "ans").read_bytes() == (tmp_path / "packed").read_bytes()
 
 
+def test_usage_counts_where_only_decoding_needs_it(tmp_path: Path) -> None:
+    # 8 bits a code of 7.6: 0.5 KB of 12, which the usage would take again
+    tensor = random_tensor(CodebookSpec(vector_length=1, stages=(200,)), 100, 120)
+    for usage, coding in ((True, "ans"), (False, "packed")):
+        container.save(tmp_path / "x", {"layer": tensor}, codes="ans", usage=usage)
+        assert container.describe(tmp_path / "x").tensors[0].coding == (coding,)
+
+
+def test_a_grid_too_large_for_the_arithmetic(
+    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stored_codes, "_MAX_CELLS", 7680)
+    refused(path, ContainerError, "ans_0 has .* words for 7,680 codes")
+    container.save(tmp_path / "packed", {"layer": uneven()}, codes="ans")
+    assert "ans" not in container.describe(tmp_path / "packed").tensors[0].coding
+
+
 def test_without_constriction(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "constriction", None)
     says = "need the package constriction: pip install 'vqbench.entropy.'"
     assert container.describe(path).tensors[0].coding[0] == "ans"
-    with pytest.raises(BackendError, match=says):
+    with pytest.raises(BackendError, match=says) as caught:
         container.load(path)
+    assert str(caught.value).startswith(f"{path}: ")
     whole = path.read_bytes()
     with pytest.raises(BackendError, match=says):
         container.save(path, {"layer": uneven()}, codes="ans")

@@ -128,6 +128,14 @@ def cut_in_two(entries: list[Entry]) -> None:
         entries[at] = (f"~{number}", *entries[at][1:])
 
 
+def append(entries: list[Entry]) -> None:
+    """The next pad, as if another part followed."""
+    number = sum(entry[0][0] == "~" for entry in entries)
+    gap = -sum(len(entry[3]) for entry in entries) % 64
+    assert gap
+    entries.append((f"~{number}", "U8", [gap], bytes(gap)))
+
+
 CHANGES: dict[str, tuple[Callable[[list[Entry]], object], str]] = {
     "renamed": (rename, "'~99' is no pad number 1"),
     "of signed bytes": (retype, r"'~0' is I8 \[\d+\], no pad"),
@@ -135,9 +143,10 @@ CHANGES: dict[str, tuple[Callable[[list[Entry]], object], str]] = {
     "64 longer": (lengthen, r"'~0' is U8 \[\d+\], no pad of 1 to 63"),
     "cut in two": (cut_in_two, "'~0' is no pad number 0"),
     "missing": (lambda found: found.pop(pad_at(found, 0)), "lies at byte .*, no multiple of 64"),
-    "at the end": (lambda found: found.append(("~99", "U8", [4], bytes(4))), "'~99' is no pad"),
+    "at the end": (append, "is no pad number"),
     "at the start": (lambda found: found.insert(0, ("~99", "U8", [0], b"")), "no pad of 1 to 63"),
     "of no name": (lambda found: found.append(("more", "U8", [1], b"a")), "'more' belongs to no"),
+    "a pad's part": (lambda found: found.append(("~1/x", "U8", [1], b"a")), "'~1/x' belongs to no"),
     "a part": (lambda found: found.append(("a/more", "U8", [1], b"a")), "'a/more' belongs to no"),
 }
 

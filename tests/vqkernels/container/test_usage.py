@@ -94,6 +94,7 @@ WRONG = {
         lambda counts: counts.astype("i4"),
         r"usage_0 is I32 .* needs U8 or U16 or U32 \[5\]",
     ),
+    "rank": (lambda counts: counts.reshape(5, 1), r"usage_0 is U16 \[5, 1\], but the format needs"),
     "shape": (lambda counts: counts[:4], r"usage_0 is U16 \[4\], but the format needs .* \[5\]"),
 }
 

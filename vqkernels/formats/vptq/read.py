@@ -19,7 +19,7 @@ from vqkernels.tensor import QuantizedTensor
 
 __all__ = ["VptqSource", "dequantize"]
 
-_PIECE = 1 << 24  # code bits unpacked at once
+_PIECE = 1 << 19  # code bits unpacked at once: less than 1 MB of temporary numbers
 
 _AGAIN = "copy or download the checkpoint again"
 
