@@ -60,9 +60,10 @@ def command(file: Path, verify: bool, output: str) -> None:
     """Describe the container FILE: origin, formats, effective bits, sizes and checksums.
 
     FILE is a file, a folder of shards, or a folder of ranks, of which is said how each matrix was
-    cut. Unless asked to verify, only the header is read. Verifying compares the SHA-256 of each stored
-    part and of the dequantised weight, and the stored usage with the codes, checks that codes are
-    in range, and shows how many entries of each codebook are used and the entropy of its codes.
+    cut. Unless asked to verify, only headers are read. Verifying compares the SHA-256 of each
+    stored part and of the dequantised weight, and the stored usage with the codes, checks that
+    codes are in range, and shows how many entries of each codebook are used and the entropy of
+    its codes.
     """
     if (file / MAPPING).is_file() or file.name == MAPPING:
         _describe_ranks(open_parallel(file), file, verify, output)
