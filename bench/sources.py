@@ -31,6 +31,7 @@ __all__ = [
     "checkpoint_bytes",
     "chosen",
     "digest_of",
+    "is_whole_model",
     "model_of",
     "provenance_of",
     "stored_bytes",
@@ -127,12 +128,19 @@ def chosen(source: TensorSource, patterns: Sequence[str]) -> list[str]:
     ]
 
 
+def is_whole_model(source: TensorSource) -> bool:
+    """Whether what `source` comes from holds more than quantised matrices: a model's rest."""
+    return isinstance(source, Imported) or (
+        isinstance(source, Container) and (source.path.parent / DENSE_FILE).is_file()
+    )
+
+
 def model_of(source: TensorSource) -> tuple[dict[str, Any], Mapping[str, Tensor]] | None:
     """The config and the dense tensors of the model that `source` is part of, where they are."""
     if isinstance(source, Imported):
         return source.checkpoint.config, source.checkpoint.tensors(source.dense_keys())
-    folder = source.path.parent if isinstance(source, Container) else None
-    if folder and (folder / DENSE_FILE).is_file() and (folder / CONFIG).is_file():
+    if isinstance(source, Container) and is_whole_model(source):
+        folder = source.path.parent
         return read_json(folder / CONFIG), open_dense(folder)
     return None
 

@@ -168,7 +168,7 @@ def test_a_checkpoint_becomes_a_checkpoint_with_all_its_tensors(
 def test_a_checkpoint_through_files_of_ours(tmp_path: Path) -> None:
     tensors = make_aqlm(tmp_path / "in")
     result = converted(tmp_path / "in", tmp_path / "a.npz")
-    assert f"left out {len(DENSE)} tensors that aren't quantised" in result.stderr
+    assert "left out what isn't quantised" in result.stderr
     converted(tmp_path / "a.npz", tmp_path / "b.safetensors")
     converted(tmp_path / "b.safetensors", tmp_path / "c", "--to", "aqlm")
     found = open_source(tmp_path / "c")
