@@ -90,10 +90,11 @@ def check_target(source: Path, target: Path, *, force: bool) -> None:
     here, there = target.resolve(), source.resolve()
     if here == there or here in there.parents:
         raise ContainerError(f"{target}: is what is read, or holds it; choose another name")
+    if target.is_dir() and not any(target.iterdir()):
+        return
     if not force:
         raise ContainerError(f"{target}: is there already; choose another name, or add --force")
-    known = any((target / marker).is_file() for marker in _MARKERS)
-    if target.is_dir() and any(target.iterdir()) and not known:
+    if target.is_dir() and not any((target / marker).is_file() for marker in _MARKERS):
         raise ContainerError(
             f"{target}: is a folder of something else than quantised matrices, which is never "
             f"replaced; choose another name"

@@ -31,6 +31,7 @@ __all__ = [
     "checkpoint_bytes",
     "chosen",
     "digest_of",
+    "is_whole_model",
     "model_of",
     "provenance_of",
     "stored_bytes",
@@ -127,12 +128,19 @@ def chosen(source: TensorSource, patterns: Sequence[str]) -> list[str]:
     ]
 
 
+def is_whole_model(source: TensorSource) -> bool:
+    """Whether what `source` comes from holds more than quantised matrices: a model's rest."""
+    return isinstance(source, Imported) or (
+        isinstance(source, Container) and (source.path.parent / DENSE_FILE).is_file()
+    )
+
+
 def model_of(source: TensorSource) -> tuple[dict[str, Any], Mapping[str, Tensor]] | None:
     """The config and the dense tensors of the model that `source` is part of, where they are."""
     if isinstance(source, Imported):
         return source.checkpoint.config, source.checkpoint.tensors(source.dense_keys())
-    folder = source.path.parent if isinstance(source, Container) else None
-    if folder and (folder / DENSE_FILE).is_file() and (folder / CONFIG).is_file():
+    if isinstance(source, Container) and is_whole_model(source):
+        folder = source.path.parent
         return read_json(folder / CONFIG), open_dense(folder)
     return None
 
@@ -163,7 +171,6 @@ def digest_of(tensor: QuantizedTensor) -> str:
     """SHA-256 of all that the weights of `tensor` depend on."""
     fields = {name: v for name, v in tensor.spec.to_dict().items() if name not in _TOLD}
     digest = hashlib.sha256(json.dumps([tensor.n, tensor.k, fields]).encode())
-    for part, value in sorted(tensor.parts.items()):
-        digest.update(f"{part} {value.dtype} {list(value.shape)}".encode())
-        digest.update(raw_bytes(value.detach().to("cpu").contiguous()))
+    for part in sorted(tensor.parts):  # their shapes are the format's
+        digest.update(raw_bytes(tensor.parts[part].detach().to("cpu").contiguous()))
     return digest.hexdigest()

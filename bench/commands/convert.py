@@ -10,7 +10,7 @@ import click
 
 from bench.conversion import SHARD_BYTES, Kind, Layout, check_target, progress, size_bytes, store
 from bench.options import parse_size
-from bench.sources import Traversal, View, chosen, model_of, provenance_of, stored_bytes
+from bench.sources import Traversal, View, chosen, is_whole_model, provenance_of, stored_bytes
 from bench.tables import render
 from vqkernels.container.manifest import Coding, located
 from vqkernels.formats import open_source
@@ -102,11 +102,8 @@ def command(
         click.echo(f"interrupted: {target} was not written", err=True)
         sys.exit(130)
     _report(view, before, after)
-    if layout.kind not in ("vptq", "aqlm") and (model := model_of(opened)) and model[1]:
-        click.echo(
-            f"left out {len(model[1])} tensors that aren't quantised (`vqbench import` keeps them)",
-            err=True,
-        )
+    if layout.kind not in ("vptq", "aqlm") and is_whole_model(opened):
+        click.echo("left out what isn't quantised (`vqbench import` keeps it)", err=True)
     if left := len(opened) - len(names):
         click.echo(f"left out {left} tensors that no --tensor matches", err=True)
     told = "every matrix reads back equal" if verify else "nothing was read back"

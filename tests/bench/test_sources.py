@@ -16,7 +16,7 @@ from tests.bench.checkpoints import DENSE, RQ, O, Q, make_container, make_vptq, 
 from tests.strategies import quantized_tensors
 from vqkernels.container import open_container
 from vqkernels.dense import DenseFile
-from vqkernels.formats import open_source
+from vqkernels.formats import open_source, vptq
 from vqkernels.parallel import open_parallel, save_parallel
 from vqkernels.tensor import QuantizedTensor
 
@@ -69,6 +69,8 @@ def test_bytes_where_a_matrix_lies(tmp_path: Path) -> None:
     # 24/4 rows of 32 cells of 7 bits, in words; two codebooks; permutation, scale and bias; bias
     words = 6 * -(-32 * 7 // 32) * 4
     assert stored_bytes(source, Q) == words + (16 + 8) * 4 * 2 + 32 * 2 * 3 + 24 * 2
+    vptq.export(tmp_path / "two", {"a": tensors[Q], "ab": tensors[Q]})
+    assert stored_bytes(open_source(tmp_path / "two"), "a") == stored_bytes(source, Q)
     save_parallel(tmp_path / "ranks", tensors, ranks=2)
     ranks = open_parallel(tmp_path / "ranks")
     assert stored_bytes(ranks, Q) == sum(rank.outline(Q).stored_bytes for rank in ranks.ranks)
