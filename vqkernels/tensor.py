@@ -82,7 +82,8 @@ class QuantizedTensor:
             order = self.parts["permutation"].long().sort().values
             if not torch.equal(order, torch.arange(self.k, device=order.device)):
                 raise TensorError(
-                    f"{name}: permutation names an input twice or out of 0..{self.k - 1}"
+                    f"{name}: permutation names an input twice or out of 0..{self.k - 1}; "
+                    f"copy or make it again"
                 )
 
     def main_rows(self, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -199,7 +200,7 @@ def _check_range(name: str, part: str, codes: Tensor, entries: int) -> None:
     if top >= entries:
         raise TensorError(
             f"{name}: {part} reach {top}, but the codebook has {entries} entries; "
-            f"the file is damaged or was made for another codebook"
+            f"its codes or codebook were damaged or are another's: copy or make it again"
         )
 
 

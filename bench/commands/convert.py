@@ -102,7 +102,7 @@ def command(
         click.echo(f"interrupted: {target} was not written", err=True)
         sys.exit(130)
     _report(view, before, after)
-    if layout.kind not in ("vptq", "aqlm") and (model := model_of(opened)):
+    if layout.kind not in ("vptq", "aqlm") and (model := model_of(opened)) and model[1]:
         click.echo(
             f"left out {len(model[1])} tensors that aren't quantised (`vqbench import` keeps them)",
             err=True,

@@ -12,8 +12,9 @@ import torch
 from bench.format_text import changed_fields, told
 from bench.tables import render
 from vqkernels import container
-from vqkernels.container import ContainerInfo, TensorInfo
+from vqkernels.container import Container, ContainerInfo, TensorInfo
 from vqkernels.container.stored import code_bytes, packed_bytes
+from vqkernels.parallel import MAPPING, ParallelSource, open_parallel
 from vqkernels.spec import CodebookSpec
 from vqkernels.tensor import QuantizedTensor, set_index
 
@@ -37,6 +38,16 @@ _COLUMNS = {
 }
 _VERIFIED = {"entries": "used entries", "entropy": "code entropy, bits"}
 
+_CUT_COLUMNS = {
+    "tensor": "tensor",
+    "shape": "n x k",
+    "format": "format",
+    "bias": "bias",
+    "axis": "cut by",
+    "cuts": "at",
+    "stored_bytes": "stored B, all ranks",
+}
+
 _SHORT = 12  # hexadecimal digits that a table shows of a checksum, as git does
 _LONG = 80  # characters that a table shows of how a matrix was made
 
@@ -48,10 +59,15 @@ _LONG = 80  # characters that a table shows of how a matrix was made
 def command(file: Path, verify: bool, output: str) -> None:
     """Describe the container FILE: origin, formats, effective bits, sizes and checksums.
 
-    Unless asked to verify, only the header is read. Verifying compares the SHA-256 of each stored
-    part and of the dequantised weight, and the stored usage with the codes, checks that codes are
-    in range, and shows how many entries of each codebook are used and the entropy of its codes.
+    FILE is a file, a folder of shards, or a folder of ranks, of which is said how each matrix was
+    cut. Unless asked to verify, only headers are read. Verifying compares the SHA-256 of each
+    stored part and of the dequantised weight, and the stored usage with the codes, checks that
+    codes are in range, and shows how many entries of each codebook are used and the entropy of
+    its codes.
     """
+    if (file / MAPPING).is_file() or file.name == MAPPING:
+        _describe_ranks(open_parallel(file), file, verify, output)
+        return
     source = container.open_container(file)
     info = source.info
     rows = [_row(tensor) for tensor in info.tensors]
@@ -63,7 +79,7 @@ def command(file: Path, verify: bool, output: str) -> None:
     if output == "json":
         click.echo(json.dumps({"file": str(file), **_head(info), "tensors": rows}, indent=2))
         return
-    click.echo(f"{file}: {file.stat().st_size:,} bytes, {len(rows)} tensors")
+    click.echo(f"{file}: {_size(source):,} bytes, {len(rows)} tensors")
     for key, value in (*_versions(info).items(), *info.provenance.items()):
         click.echo(f"  {_printable(key)}: {_printable(str(value))}")
     columns = _COLUMNS | (_VERIFIED if verify else {})
@@ -73,6 +89,54 @@ def command(file: Path, verify: bool, output: str) -> None:
     if any("ans" in row["coding"] for row in rows):
         coded, packed = (sum(row[key] for row in rows) for key in ("code_bytes", "packed_bytes"))
         click.echo(f"entropy coding: {coded:,} bytes of codes instead of {packed:,}")
+
+
+def _size(source: Container) -> int:
+    """Bytes of the file, or of a set's shards and index."""
+    shards = [source.path.parent / name for name in source.info.extra.get("shards", ())]
+    return sum(path.stat().st_size for path in (source.path, *shards))
+
+
+def _describe_ranks(source: ParallelSource, file: Path, verify: bool, output: str) -> None:
+    """How each matrix is cut; with `verify`, each is merged and its checksums compared."""
+    rows = [_cut_row(source, name) for name in source]
+    if verify:
+        for row in rows:
+            source.verify(row["tensor"])
+            row["verified"] = True
+    if output == "json":
+        head = {"file": str(file), "ranks": len(source.ranks), "tensors": rows}
+        click.echo(json.dumps(head, indent=2))
+        return
+    size = source.path.stat().st_size + sum(_size(rank) for rank in source.ranks)
+    click.echo(f"{file}: {size:,} bytes, {len(rows)} tensors, {len(source.ranks)} ranks")
+    shown = [
+        {
+            **row,
+            "shape": f"{row['n']}x{row['k']}",
+            "format": told(row["format"]),
+            "cuts": ",".join(str(cut) for cut in row["cuts"]),
+            "stored_bytes": sum(row["stored_bytes"]),
+        }
+        for row in rows
+    ]
+    click.echo(render(shown, _CUT_COLUMNS, "table").strip("\n"))
+    if verify:
+        click.echo(f"every checksum of {len(rows)} tensors matches, in each rank and merged")
+
+
+def _cut_row(source: ParallelSource, name: str) -> Row:
+    whole, cut = source.outline(name), source.cut(name)
+    return {
+        "tensor": name,
+        "n": whole.n,
+        "k": whole.k,
+        "bias": whole.bias,
+        "format": changed_fields(whole.spec),
+        "axis": cut.axis,
+        "cuts": list(cut.cuts),
+        "stored_bytes": [rank.outline(name).stored_bytes for rank in source.ranks],
+    }
 
 
 def _versions(info: ContainerInfo) -> dict[str, int]:

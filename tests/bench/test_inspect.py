@@ -16,6 +16,7 @@ from bench.cli import cli
 from tests.vqkernels.container.crafted import Tensors, rebuild
 from vqkernels import container
 from vqkernels.errors import ContainerError
+from vqkernels.parallel import save_parallel
 from vqkernels.presets import parse_format
 from vqkernels.spec import CodebookSpec
 from vqkernels.tensor import QuantizedTensor, random_tensor
@@ -101,7 +102,7 @@ def test_shows_how_a_matrix_was_made_and_coded(tmp_path: Path) -> None:
 
 
 def test_a_file_of_version_1() -> None:
-    path = Path(__file__).parents[1] / "vqkernels/container/data/version-1.safetensors"
+    path = Path(__file__).parents[2] / "docs/vectors/version-1.safetensors"
     content = described(path, "--verify")
     assert content["container_version"] == 1
     for tensor in content["tensors"]:
@@ -109,6 +110,43 @@ def test_a_file_of_version_1() -> None:
         assert tensor["made"] == {}
         assert tensor["verified"]
     assert "entropy coding" not in run(path).output
+
+
+def test_a_set_of_shards_is_as_large_as_its_files(tmp_path: Path) -> None:
+    tensors = {"a": random_tensor(SPEC, 8, 16), "b": random_tensor(SPEC, 16, 16)}
+    container.save_shards(tmp_path, tensors, shard_bytes=1)
+    size = sum(file.stat().st_size for file in tmp_path.iterdir())
+    assert len(list(tmp_path.iterdir())) == 3
+    assert run(tmp_path).output.startswith(f"{tmp_path}: {size:,} bytes, 2 tensors\n")
+    assert [row["tensor"] for row in described(tmp_path, "--verify")["tensors"]] == ["a", "b"]
+
+
+def test_ranks_tell_how_matrices_were_cut(tmp_path: Path) -> None:
+    tensors = {"q_proj": random_tensor(SPEC, 9, 16), "o_proj": random_tensor(SPEC, 16, 16)}
+    save_parallel(tmp_path, tensors, ranks=2)
+    content = described(tmp_path)
+    assert content["ranks"] == 2
+    q, o = content["tensors"]
+    assert (q["tensor"], q["axis"], q["cuts"]) == ("q_proj", "row", [0, 4, 9])
+    assert (o["tensor"], o["axis"], o["cuts"]) == ("o_proj", "column", [0, 8, 16])
+    assert "verified" not in q
+    verified = run(tmp_path, "--verify")
+    size = sum(file.stat().st_size for file in tmp_path.rglob("*") if file.is_file())
+    assert verified.output.startswith(f"{tmp_path}: {size:,} bytes, 2 tensors, 2 ranks\n")
+    assert "0,8,16" in verified.output
+    assert "every checksum of 2 tensors matches, in each rank and merged" in verified.output
+
+
+def test_a_damaged_rank_is_refused(tmp_path: Path) -> None:
+    save_parallel(tmp_path, {"q_proj": random_tensor(SPEC, 9, 16)}, ranks=2)
+    shard = next(tmp_path.rglob("rank-1-of-2/*.safetensors"))
+    content = bytearray(shard.read_bytes())
+    content[-1] ^= 1
+    shard.write_bytes(content)
+    assert run(tmp_path).exit_code == 0
+    result = run(tmp_path, "--verify")
+    assert isinstance(result.exception, ContainerError)
+    assert str(result.exception).startswith(f"{shard}: tensor 'q_proj': ")
 
 
 def test_verify_counts_used_entries_and_entropy(path: Path) -> None:

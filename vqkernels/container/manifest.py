@@ -276,4 +276,4 @@ def _spec(fields: dict[str, Any], where: str) -> CodebookSpec:
     try:
         return CodebookSpec.from_dict(fields)
     except SpecError as error:
-        raise ContainerError(f"{where}: {error}") from error
+        raise ContainerError(f"{where}: {error}; {DAMAGED}") from error

@@ -15,7 +15,7 @@ import contextlib
 import os
 import shutil
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -187,8 +187,14 @@ class ParallelSource(TensorSource):
         self._cuts = {cut.name: cut for cut in mapped.tensors}
 
     def __getitem__(self, name: str) -> QuantizedTensor:
+        return self._merged(name, [rank[name] for rank in self.ranks])
+
+    def verify(self, name: str) -> QuantizedTensor:
+        """Matrix `name`, what each rank has of it verified too; see `Container.verify`."""
+        return self._merged(name, [rank.verify(name) for rank in self.ranks])
+
+    def _merged(self, name: str, tensors: Sequence[QuantizedTensor]) -> QuantizedTensor:
         cut, where = self._cuts[name], f"tensor {name!r}"
-        tensors = [rank[name] for rank in self.ranks]
         try:
             whole = merge(cut.slices(tensors))
         except VqError as error:
@@ -213,6 +219,10 @@ class ParallelSource(TensorSource):
     def outline(self, name: str) -> Outline:
         """What parallel.json says of matrix `name`."""
         return self._cuts[name].whole
+
+    def cut(self, name: str) -> Cut:
+        """How matrix `name` was cut."""
+        return self._cuts[name]
 
 
 def open_parallel(folder: str | os.PathLike[str]) -> ParallelSource:
@@ -246,6 +256,8 @@ def _mapped(folder: str | os.PathLike[str]) -> tuple[Path, Mapped]:
 
 def _rank(path: Path, mapped: Mapped, rank: int) -> Container:
     home = path.parent / mapped.folder / rank_name(rank, mapped.ranks)
+    if not (home / INDEX).is_file():
+        raise ContainerError(f"{home / INDEX}: is missing, but {MAPPING} wants it; {_AGAIN}")
     container = open_container(home / INDEX)
     with located(home / INDEX):
         if container.info.digest != mapped.indexes[rank]:

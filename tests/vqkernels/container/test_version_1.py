@@ -22,7 +22,7 @@ from vqkernels import container
 from vqkernels.errors import ContainerError, VqError
 
 # Written by vqbench 0.1.0 with `container.save`; two matrices, bias and permutation included.
-FILE = Path(__file__).with_name("data") / "version-1.safetensors"
+FILE = Path(__file__).parents[3] / "docs" / "vectors" / "version-1.safetensors"
 
 
 def entries() -> list[Entry]:

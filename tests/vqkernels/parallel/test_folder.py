@@ -273,8 +273,13 @@ def refused(top: Path, file: Path, says: str, use: Callable[[Path], Any] = open_
 def test_a_rank_that_is_missing(top: Path) -> None:
     home = homes(top)[1]
     shutil.rmtree(home)
-    refused(top, home / INDEX, "No such file")
-    refused(top, home / INDEX, "No such file", lambda top: open_rank(top, 1))
+    refused(top, home / INDEX, "is missing, but parallel.json wants it; copy")
+    refused(
+        top,
+        home / INDEX,
+        "is missing, but parallel.json wants it; copy",
+        lambda top: open_rank(top, 1),
+    )
 
 
 def test_ranks_that_were_swapped(top: Path) -> None:
