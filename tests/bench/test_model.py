@@ -23,6 +23,7 @@ from bench.weights import make_weight
 from bench.workload import STORED
 from tests.autotune import zoo
 from vqkernels.container import save
+from vqkernels.container.shards import save_shards
 from vqkernels.errors import ContainerError, SpecError
 from vqkernels.kernel import registry
 from vqkernels.presets import parse_format
@@ -80,6 +81,18 @@ def test_a_layer_a_matrix_in_its_own_format(path, tensors):
         assert (layer.n, layer.k, layer.spec(STORED)) == (tensor.n, tensor.k, tensor.spec)
 
 
+def test_a_folder_is_called_as_it_is_called(tmp_path, tensors, monkeypatch):
+    save_shards(tmp_path / "tiny", tensors, shard_bytes=1 << 20)
+    monkeypatch.chdir(tmp_path / "tiny")
+    assert model_workload(Path()).name == "tiny"
+
+
+def test_nothing_quantised_is_said(monkeypatch):
+    monkeypatch.setattr(model, "open_source", lambda path: {})
+    with pytest.raises(ContainerError, match=r"^empty: holds no quantised matrix"):
+        model_workload(Path("empty"))
+
+
 def test_one_of_each_kind_stands_for_all(path):
     assert names(path) == dict.fromkeys(KINDS[:5], 2) | dict.fromkeys(KINDS[5:], 1)
 
@@ -119,8 +132,9 @@ def test_layers_of_different_formats_stay_apart(tmp_path, tensors):
     path = tmp_path / "mixed.safetensors"
     own = tensors["model.layers.1.mlp.up_proj"]
     pair = {"a.gate_proj": tensors["model.layers.0.mlp.up_proj"], "a.up_proj": own}
-    save(path, pair | {"b.gate_proj.weight": own, "b.up_proj.weight": own, "c.up_proj": own})
-    assert set(names(path, fuse=True)) == {"a.gate_proj", "a.up_proj", "b.gate_up_proj.weight"}
+    save(path, pair | {"b.gate_proj.weight": own, "b.up_proj.weight": own, "c.gate_proj": own})
+    whole = {"b.gate_up_proj.weight"}
+    assert set(names(path, fuse=True)) == whole | {"a.gate_proj", "a.up_proj", "c.gate_proj"}
     save(path, {"a.up_proj": own})
     with pytest.raises(SpecError, match="names no layers that run as one"):
         names(path, fuse=True)

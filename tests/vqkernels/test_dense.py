@@ -20,13 +20,18 @@ from vqkernels.tensor import random_tensor
 DENSE = {"norm.weight": torch.arange(5.0).half(), "steps": torch.tensor(7)}
 
 
-def imported(folder: Path) -> Path:
+def imported(folder: Path, *, checked: bool = True) -> Path:
     folder.mkdir()
     save_file(DENSE, folder / DENSE_FILE)
     digest = hashlib.sha256((folder / DENSE_FILE).read_bytes()).hexdigest()
     tensors = {"up": random_tensor(parse_format("vq-4x4"), 8, 8)}
-    save_shards(folder, tensors, shard_bytes=1 << 20, provenance={DENSE_CHECKSUM: digest})
+    told = {DENSE_CHECKSUM: digest} if checked else {}
+    save_shards(folder, tensors, shard_bytes=1 << 20, provenance=told)
     return folder
+
+
+def unchecked(folder: Path) -> Path:
+    return imported(folder, checked=False)
 
 
 def checkpoint(folder: Path) -> Path:
@@ -35,7 +40,7 @@ def checkpoint(folder: Path) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("make", [imported, checkpoint])
+@pytest.mark.parametrize("make", [imported, unchecked, checkpoint])
 def test_dense_tensors_are_as_they_were(tmp_path, make):
     dense = open_dense(make(tmp_path / "model"))
     assert set(dense) == set(DENSE)

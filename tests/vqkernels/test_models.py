@@ -107,6 +107,14 @@ def test_values_keep_their_dtype_or_get_the_one_asked_for():
         assert model.up.codebook_0.dtype == torch.float16, "of the format, whatever is asked for"
 
 
+def test_what_is_not_trained_stays_so():
+    model = empty()
+    model.norm.requires_grad_(False)
+    load_dense(model, dense())
+    assert [parameter.requires_grad for parameter in model.norm.parameters()] == [False, False]
+    assert model.embed.weight.requires_grad
+
+
 def test_a_model_with_memory_gets_other_values():
     model, values = Model(), dense()
     assert set(load_dense(model, {"net.norm.bias": values["norm.bias"]}, prefix="net.")) == {
