@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from vqkernels import container
+from vqkernels import atomic, container
 from vqkernels.atomic import locked, staged
 from vqkernels.errors import ContainerError, TensorError
 from vqkernels.presets import PRESETS
@@ -205,7 +205,12 @@ def interrupt(made: Path, error: BaseException) -> None:
 
 
 @pytest.mark.parametrize("there", ["nothing", "an empty folder", "a folder", "a file", "a link"])
-def test_a_staged_folder_replaces_what_is_there(there: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("swaps", [True, False])
+def test_a_staged_folder_replaces_what_is_there(
+    there: str, swaps: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not swaps:
+        monkeypatch.setattr(atomic, "_swapped", lambda *_: False)
     path, other = tmp_path / "set", tmp_path / "other"
     other.mkdir()
     (other / "kept").touch()
@@ -226,6 +231,19 @@ def test_a_staged_folder_replaces_what_is_there(there: str, tmp_path: Path) -> N
     assert {entry.name for entry in tmp_path.iterdir()} == {"set", "other"}
 
 
+def test_names_are_swapped_in_one_step(tmp_path: Path) -> None:
+    one, other = tmp_path / "one", tmp_path / "other"
+    one.mkdir()
+    (one / "kept").touch()
+    other.touch()
+    if not atomic._swapped(one, other):
+        pytest.skip("this file system can't exchange names")
+    assert one.is_file()
+    assert (other / "kept").is_file()
+    assert not atomic._swapped(one, tmp_path / "none")
+    assert one.is_file()
+
+
 @pytest.mark.parametrize("step", [0, 1])
 def test_a_folder_is_put_back_if_its_successor_can_not_be(
     step: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -241,6 +259,7 @@ def test_a_folder_is_put_back_if_its_successor_can_not_be(
             raise KeyboardInterrupt
         return rename(self, new)
 
+    monkeypatch.setattr(atomic, "_swapped", lambda *_: False)
     monkeypatch.setattr(Path, "rename", interrupted)
     with pytest.raises(KeyboardInterrupt), staged(path) as made:
         fill(made)
