@@ -226,6 +226,8 @@ def write(folder: Path) -> None:
     made = dict.fromkeys(("plain", "out"), MADE)
     container.save(folder / "packed.safetensors", packed(), provenance=ORIGIN, made=made)
     container.save(folder / "ans.safetensors", coded(), provenance=ORIGIN, codes="ans", usage=False)
+    two = {"one coded, one packed": coded()["one coded, one packed"]}
+    container.save(folder / "ans-usage.safetensors", two, provenance=ORIGIN, codes="ans")
     container.save_shards(folder / "shards", sharded(), shard_bytes=400, provenance=ORIGIN)
     save_parallel(folder / "ranks", ranked(), ranks=3, shard_bytes=9000, provenance=ORIGIN)
     few = {name: one for name, one in packed().items() if one.spec.vector_width == 1}
