@@ -53,6 +53,14 @@ class TensorSource(Mapping[str, QuantizedTensor]):
     def outline(self, name: str) -> Outline:
         """What is known of matrix `name` without reading its data. Raises KeyError as a lookup."""
 
+    def __contains__(self, name: object) -> bool:
+        # the Mapping's own would read the matrix
+        try:
+            self.outline(name)  # type: ignore[arg-type]  # no other object is a key
+        except KeyError:
+            return False
+        return True
+
 
 def outline_of(source: Mapping[str, QuantizedTensor], name: str) -> Outline:
     """The outline of matrix `name`; of a mapping that is no TensorSource, by looking it up."""

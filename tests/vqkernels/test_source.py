@@ -35,5 +35,7 @@ def test_a_source_tells_without_being_read() -> None:
 
     outlines = {"layer": Outline(spec=None, n=3, k=4)}  # type: ignore[arg-type]  # never looked at
     assert outline_of(Unread(), "layer") is outlines["layer"]
+    assert "layer" in Unread()
+    assert "other" not in Unread()
     with pytest.raises(KeyError):
         outline_of(Unread(), "other")

@@ -32,10 +32,6 @@ class Container(TensorSource):
     def __len__(self) -> int:
         return len(self._outlines)
 
-    def __contains__(self, name: object) -> bool:
-        # the Mapping's own would read the matrix
-        return name in self._outlines
-
     def outline(self, name: str) -> TensorInfo:
         """What the header says of matrix `name`."""
         return self._outlines[name]

@@ -104,10 +104,6 @@ class DescribedSource(TensorSource):
     def __len__(self) -> int:
         return len(self._tensors)
 
-    def __contains__(self, name: object) -> bool:
-        # the Mapping's own would read the matrix
-        return name in self._tensors
-
     def outline(self, name: str) -> DescribedTensor:
         """What the description says of matrix `name`."""
         return self._tensors[name]

@@ -212,10 +212,6 @@ class ParallelSource(TensorSource):
     def __len__(self) -> int:
         return len(self._cuts)
 
-    def __contains__(self, name: object) -> bool:
-        # the Mapping's own would read the matrix
-        return name in self._cuts
-
     def outline(self, name: str) -> Outline:
         """What parallel.json says of matrix `name`."""
         return self._cuts[name].whole

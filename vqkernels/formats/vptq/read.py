@@ -74,10 +74,6 @@ class VptqSource(TensorSource):
     def __len__(self) -> int:
         return len(self._layers)
 
-    def __contains__(self, name: object) -> bool:
-        # the Mapping's own would read the matrix
-        return name in self._layers
-
     def outline(self, name: str) -> Outline:
         """What is known of matrix `name`, from the headers. Raises KeyError as a lookup."""
         return self._outlines[name]
