@@ -15,23 +15,23 @@ from typing import Literal
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from bench.sources import Imported, View, digest_of, model_of, stored_bytes
+from bench.sources import View, digest_of, model_of, stored_bytes
 from vqkernels import container
 from vqkernels.atomic import staged
 from vqkernels.container.checksums import raw_bytes
+from vqkernels.container.index import INDEX
 from vqkernels.container.manifest import Coding
 from vqkernels.container.shards import save_shards
 from vqkernels.dense import DENSE_CHECKSUM, DENSE_FILE, DenseFile
 from vqkernels.errors import ContainerError
-from vqkernels.formats import aqlm, open_source, vptq
+from vqkernels.formats import CheckpointSource, aqlm, open_source, plain, vptq
+from vqkernels.formats.checkpoint import CONFIG
 from vqkernels.formats.npz import save_npz
-from vqkernels.formats.plain import save_plain
-from vqkernels.formats.write_checkpoint import dense_group, write_file
-from vqkernels.parallel import SplitAxis, axis_of, save_parallel
+from vqkernels.formats.write_checkpoint import SHARD_BYTES, dense_group, write_file
+from vqkernels.parallel import MAPPING, SplitAxis, axis_of, save_parallel
 from vqkernels.source import TensorSource
 
 __all__ = [
-    "SHARD_BYTES",
     "Kind",
     "Layout",
     "check_target",
@@ -42,10 +42,8 @@ __all__ = [
 
 Kind = Literal["container", "shards", "model", "parallel", "npz", "plain", "vptq", "aqlm"]
 
-SHARD_BYTES = 5_000_000_000  # transformers' own limit of a file
-
 # A folder with one of these holds quantised matrices, and may be replaced as a whole.
-_MARKERS = ("layers.json", "parallel.json", "model.safetensors.index.json", "config.json")
+_MARKERS = (plain.INDEX, MAPPING, INDEX, CONFIG)
 
 # Beside a checkpoint's tensors, by glob: what transformers needs to run the model. No code.
 _CARRIED = (
@@ -144,7 +142,7 @@ def _compared(view: View, written: TensorSource, where: Path) -> Iterator[str]:
 
 
 def _compare_dense(view: View, folder: Path) -> None:
-    assert isinstance(view.source, Imported)
+    assert isinstance(view.source, CheckpointSource)
     written = DenseFile(folder / DENSE_FILE)
     for key, value in view.source.checkpoint.tensors(view.source.dense_keys()).items():
         found = written[key]
@@ -202,7 +200,7 @@ def _write_shards(path: Path, view: View, layout: Layout, origin: Mapping[str, s
 
 def _write_model(path: Path, view: View, layout: Layout, origin: Mapping[str, str]) -> None:
     """Shards, and beside them what else the checkpoint has: dense tensors, config, tokenizer."""
-    assert isinstance(view.source, Imported)
+    assert isinstance(view.source, CheckpointSource)
     checkpoint = view.source.checkpoint
     dense = checkpoint.tensors(view.source.dense_keys())
     path.mkdir()
@@ -240,7 +238,7 @@ def _write_npz(path: Path, view: View, _: Layout, origin: Mapping[str, str]) -> 
 
 
 def _write_plain(path: Path, view: View, _: Layout, origin: Mapping[str, str]) -> None:
-    save_plain(path, view, provenance=origin, made=view.made)
+    plain.save_plain(path, view, provenance=origin, made=view.made)
 
 
 def _write_checkpoint(path: Path, view: View, layout: Layout, _: Mapping[str, str]) -> None:

@@ -8,7 +8,7 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, Literal
 
 from torch import Tensor
 
@@ -17,7 +17,7 @@ from vqkernels.container.checksums import raw_bytes
 from vqkernels.container.origin import Made
 from vqkernels.dense import DENSE_FILE, open_dense
 from vqkernels.errors import ContainerError
-from vqkernels.formats import Checkpoint
+from vqkernels.formats import Checkpoint, CheckpointSource
 from vqkernels.formats.checkpoint import CONFIG, read_json
 from vqkernels.parallel import ParallelSource
 from vqkernels.source import Outline, TensorSource
@@ -25,7 +25,6 @@ from vqkernels.spec import CodebookSpec
 from vqkernels.tensor import QuantizedTensor
 
 __all__ = [
-    "Imported",
     "Traversal",
     "View",
     "checkpoint_bytes",
@@ -42,16 +41,6 @@ Traversal = Literal["row", "column"]
 # What says how codes were found or lie in a file: no weight depends on it, and others' formats
 # have no place for it.
 _TOLD = ("method", "distance", "traversal", "code_bits")
-
-
-@runtime_checkable
-class Imported(Protocol):
-    """A source that is a model's checkpoint: VPTQ's or AQLM's."""
-
-    checkpoint: Checkpoint
-    refused: dict[str, str]
-
-    def dense_keys(self) -> list[str]: ...  # noqa: D102  # as there
 
 
 class View(TensorSource):
@@ -130,14 +119,14 @@ def chosen(source: TensorSource, patterns: Sequence[str]) -> list[str]:
 
 def is_whole_model(source: TensorSource) -> bool:
     """Whether what `source` comes from holds more than quantised matrices: a model's rest."""
-    return isinstance(source, Imported) or (
+    return isinstance(source, CheckpointSource) or (
         isinstance(source, Container) and (source.path.parent / DENSE_FILE).is_file()
     )
 
 
 def model_of(source: TensorSource) -> tuple[dict[str, Any], Mapping[str, Tensor]] | None:
     """The config and the dense tensors of the model that `source` is part of, where they are."""
-    if isinstance(source, Imported):
+    if isinstance(source, CheckpointSource):
         return source.checkpoint.config, source.checkpoint.tensors(source.dense_keys())
     if isinstance(source, Container) and is_whole_model(source):
         folder = source.path.parent
@@ -156,7 +145,7 @@ def stored_bytes(source: TensorSource, name: str) -> int | None:
     if isinstance(source, ParallelSource):
         shares = [stored_bytes(rank, name) for rank in source.ranks]
         return sum(share or 0 for share in shares)
-    if isinstance(source, Imported):
+    if isinstance(source, CheckpointSource):
         keys = source.checkpoint.keys()
         return checkpoint_bytes(source.checkpoint, [k for k in keys if k.startswith(f"{name}.")])
     return getattr(source.outline(name), "stored_bytes", None)

@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from vqkernels.container import open_container
 from vqkernels.errors import ContainerError
-from vqkernels.formats import open_source
-from vqkernels.formats.aqlm import AqlmSource
-from vqkernels.formats.checkpoint import INDEX
-from vqkernels.formats.vptq import VptqSource
+from vqkernels.formats import CheckpointSource, open_source
+from vqkernels.formats.checkpoint import INDEX, opened
 
 __all__ = ["DENSE_CHECKSUM", "DENSE_FILE", "DenseFile", "open_dense"]
 
@@ -36,14 +31,14 @@ class DenseFile(Mapping[str, Tensor]):
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        with self._opened() as file:
+        with opened(self._path) as file:
             self._keys: list[str] = list(file.keys())
 
     def __getitem__(self, key: str) -> Tensor:
         if key not in self._keys:
             raise KeyError(key)
         # mapped for as long as it takes to copy: pages of a mapping count as memory
-        with self._opened() as file:
+        with opened(self._path) as file:
             value: Tensor = file.get_tensor(key).clone()
         return value
 
@@ -52,17 +47,6 @@ class DenseFile(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self._keys)
-
-    @contextlib.contextmanager
-    def _opened(self) -> Iterator[Any]:
-        try:
-            with safe_open(self._path, framework="pt") as file:
-                yield file
-        except (OSError, SafetensorError) as error:
-            reason = str(error).partition("\n")[0]
-            raise ContainerError(
-                f"{self._path}: can't be read ({reason}); import the checkpoint again"
-            ) from error
 
 
 def open_dense(folder: str | os.PathLike[str]) -> Mapping[str, Tensor]:
@@ -76,7 +60,7 @@ def open_dense(folder: str | os.PathLike[str]) -> Mapping[str, Tensor]:
         _check(path)
         return DenseFile(path / DENSE_FILE)
     source = open_source(path)
-    if isinstance(source, AqlmSource | VptqSource):
+    if isinstance(source, CheckpointSource):
         return source.checkpoint.tensors(source.dense_keys())
     raise ContainerError(
         f"{path}: holds no {DENSE_FILE}, and is no checkpoint; give the folder that "

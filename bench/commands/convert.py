@@ -8,12 +8,13 @@ from typing import Any, cast
 
 import click
 
-from bench.conversion import SHARD_BYTES, Kind, Layout, check_target, progress, size_bytes, store
+from bench.conversion import Kind, Layout, check_target, progress, size_bytes, store
 from bench.options import parse_size
 from bench.sources import Traversal, View, chosen, is_whole_model, provenance_of, stored_bytes
 from bench.tables import render
 from vqkernels.container.manifest import Coding, located
 from vqkernels.formats import open_source
+from vqkernels.formats.write_checkpoint import SHARD_BYTES
 from vqkernels.parallel import SplitAxis, axis_of
 from vqkernels.source import TensorSource
 

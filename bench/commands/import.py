@@ -9,15 +9,16 @@ from typing import Any
 
 import click
 
-from bench.conversion import SHARD_BYTES, Layout, check_target, progress, size_bytes, store
+from bench.conversion import Layout, check_target, progress, size_bytes, store
 from bench.format_text import changed_fields, told
 from bench.options import parse_size
-from bench.sources import Imported, View, checkpoint_bytes
+from bench.sources import View, checkpoint_bytes
 from bench.tables import render
 from vqkernels.container.manifest import Coding
 from vqkernels.container.origin import library_stamp
 from vqkernels.errors import ContainerError, VqError
-from vqkernels.formats import open_checkpoint
+from vqkernels.formats import CheckpointSource, open_checkpoint
+from vqkernels.formats.write_checkpoint import SHARD_BYTES
 from vqkernels.parts import effective_bits
 from vqkernels.source import TensorSource
 
@@ -107,7 +108,7 @@ def _unreadable(source: TensorSource) -> dict[str, str]:
     return refused
 
 
-def _provenance(source: Imported) -> dict[str, str]:
+def _provenance(source: CheckpointSource) -> dict[str, str]:
     checkpoint = source.checkpoint
     origin = {
         "source": checkpoint.folder.resolve().name,
@@ -145,7 +146,7 @@ def _row(view: View, label: str, names: list[str], sizes: dict[str, int | None])
     }
 
 
-def _report(source: Imported, refused: dict[str, str], whole: bool) -> None:
+def _report(source: CheckpointSource, refused: dict[str, str], whole: bool) -> None:
     dense = source.dense_keys()
     size = checkpoint_bytes(source.checkpoint, dense)
     fate = "kept" if whole else "left out (OUT holds quantised matrices alone)"

@@ -10,7 +10,7 @@ import torch
 from click.testing import CliRunner, Result
 from safetensors.torch import load_file
 
-from bench import conversion, sources
+from bench import conversion
 from bench.cli import cli
 from tests.bench.checkpoints import (
     CONFIG,
@@ -26,7 +26,7 @@ from tests.bench.checkpoints import (
 )
 from vqkernels import container
 from vqkernels.errors import VqError
-from vqkernels.formats import open_source
+from vqkernels.formats import CheckpointSource, open_source
 from vqkernels.parallel import open_rank
 from vqkernels.source import TensorSource
 
@@ -157,7 +157,7 @@ def test_a_checkpoint_becomes_a_checkpoint_with_all_its_tensors(
     found = open_source(tmp_path / "out")
     for name, tensor in tensors.items():
         assert_same(found[name], tensor)
-    assert isinstance(found, sources.Imported)
+    assert isinstance(found, CheckpointSource)
     assert set(found.dense_keys()) == set(DENSE)
     for key, value in DENSE.items():
         assert torch.equal(found.checkpoint.read(key), value)
@@ -172,7 +172,7 @@ def test_a_checkpoint_through_files_of_ours(tmp_path: Path) -> None:
     converted(tmp_path / "a.npz", tmp_path / "b.safetensors")
     converted(tmp_path / "b.safetensors", tmp_path / "c", "--to", "aqlm")
     found = open_source(tmp_path / "c")
-    assert isinstance(found, sources.Imported)
+    assert isinstance(found, CheckpointSource)
     assert found.checkpoint.method == "aqlm"
     for name, tensor in tensors.items():
         assert_same(found[name], tensor)

@@ -138,10 +138,11 @@ def read_index(path: Path) -> ShardIndex:
         _shard(entry, shard_name(set_id, number, len(entries)))
         for number, entry in enumerate(entries, start=1)
     )
-    names = [name for shard in shards for name in shard.names]
-    if len(set(names)) != len(names):
-        twice = next(name for name in names if names.count(name) > 1)
-        raise ContainerError(f"tensor {twice!r} is in two shards; {DAMAGED}")
+    seen: set[str] = set()
+    for name in (name for shard in shards for name in shard.names):
+        if name in seen:
+            raise ContainerError(f"tensor {name!r} is in two shards; {DAMAGED}")
+        seen.add(name)
     return ShardIndex(
         set_id=set_id,
         shards=shards,

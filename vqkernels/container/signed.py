@@ -25,6 +25,7 @@ __all__ = [
     "read_json",
     "sign",
     "signed",
+    "unique_names",
 ]
 
 TEXT, DIGEST = "vqbench", "vqbench_sha256"
@@ -85,7 +86,7 @@ def json_object(
     if len(text) > (limit := limit or MAX_TEXT):
         raise ContainerError(f"{what} is {len(text):,} bytes long, over {limit:,}; {DAMAGED}")
     try:
-        content = json.loads(text, parse_constant=refuse, object_pairs_hook=_unique)
+        content = json.loads(text, parse_constant=refuse, object_pairs_hook=unique_names)
     except (ValueError, RecursionError) as error:
         raise ContainerError(f"{what} is not JSON ({error}); {DAMAGED}") from error
     if not isinstance(content, dict):
@@ -118,8 +119,11 @@ def _sha256(text: str) -> str:
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    content = dict(pairs)
-    if len(content) != len(pairs):
-        raise ValueError("a name is given twice")
+def unique_names(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object's pairs as a dict. Raises ValueError where a name is given twice."""
+    content: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in content:
+            raise ValueError(f"{name!r} is given twice")
+        content[name] = value
     return content

@@ -9,14 +9,14 @@ from vqkernels.container import open_container
 from vqkernels.errors import ContainerError
 from vqkernels.formats import plain
 from vqkernels.formats.aqlm import AqlmSource
-from vqkernels.formats.checkpoint import CONFIG, INDEX, Checkpoint, read_json
+from vqkernels.formats.checkpoint import CONFIG, INDEX, Checkpoint, CheckpointSource, read_json
 from vqkernels.formats.npz import NpzSource
 from vqkernels.formats.plain import PlainSource
 from vqkernels.formats.vptq import VptqSource
 from vqkernels.parallel import MAPPING, open_parallel
 from vqkernels.source import TensorSource
 
-__all__ = ["Checkpoint", "open_checkpoint", "open_source"]
+__all__ = ["Checkpoint", "CheckpointSource", "open_checkpoint", "open_source"]
 
 _BY_METHOD: dict[str, type[AqlmSource] | type[VptqSource]] = {
     "aqlm": AqlmSource,
@@ -43,9 +43,7 @@ def open_source(path: str | os.PathLike[str]) -> TensorSource:
     return open_container(path)
 
 
-def open_checkpoint(
-    path: str | os.PathLike[str], *, skip_bad: bool = False
-) -> AqlmSource | VptqSource:
+def open_checkpoint(path: str | os.PathLike[str], *, skip_bad: bool = False) -> CheckpointSource:
     """The quantised modules of the checkpoint in folder `path`; `skip_bad` as for its source.
 
     Raises ContainerError for a checkpoint of another method, and for one that was imported.

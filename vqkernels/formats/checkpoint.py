@@ -12,7 +12,7 @@ import contextlib
 import dataclasses
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Set
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +20,25 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from vqkernels.container.index import INDEX
+from vqkernels.container.signed import unique_names
 from vqkernels.errors import ContainerError
+from vqkernels.source import Outline, TensorSource
 
-__all__ = ["CONFIG", "DTYPES", "INDEX", "WEIGHTS", "Checkpoint", "read_json"]
+__all__ = [
+    "CONFIG",
+    "DTYPES",
+    "INDEX",
+    "WEIGHTS",
+    "Checkpoint",
+    "CheckpointSource",
+    "opened",
+    "read_json",
+    "shortened",
+]
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
-INDEX = "model.safetensors.index.json"
 
 DTYPES = {
     "F64": torch.float64,
@@ -123,7 +135,7 @@ class Checkpoint:
         """A copy of tensor `key`, on the CPU. Raises ContainerError as opening does."""
         entry = self._entry(key)
         self.dtype(key)
-        with _opened(entry.file) as file:
+        with opened(entry.file) as file:
             if key not in file.keys() or _entry(entry.file, file, key) != entry:  # noqa: SIM118
                 raise ContainerError(
                     f"{entry.file}: tensor {key!r} changed since the checkpoint was opened; "
@@ -144,6 +156,44 @@ class Checkpoint:
                 f"{CONFIG} is of another model: {_AGAIN}"
             )
         return self._entries[key]
+
+
+class CheckpointSource(TensorSource):
+    """The quantised modules of a checkpoint, by module name; its kinds read them.
+
+    checkpoint: what they are read from.
+    refused: modules that were passed over, and why.
+
+    `_outlines` has what headers say of each module, and `_keys` each module's tensors, those of
+    dense modules too if need be. Raises ContainerError for a checkpoint of another method.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, method: str) -> None:
+        if checkpoint.method != method:
+            raise ContainerError(
+                f"{checkpoint.folder / CONFIG}: quant_method is {checkpoint.method!r}, not "
+                f"{method!r}; open it as what it is"
+            )
+        self.checkpoint = checkpoint
+        self.refused: dict[str, str] = {}
+        self._outlines: dict[str, Outline] = {}
+        self._keys: Mapping[str, Set[str]] = {}
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._outlines)
+
+    def __len__(self) -> int:
+        return len(self._outlines)
+
+    def outline(self, name: str) -> Outline:
+        """What is known of matrix `name`, from the headers. Raises KeyError as a lookup."""
+        return self._outlines[name]
+
+    def dense_keys(self) -> list[str]:
+        """The tensors of the checkpoint that belong to no quantised module."""
+        modules = [*self._outlines, *self.refused]
+        quantised = {key for name in modules for key in self._keys.get(name, ())}
+        return [key for key in self.checkpoint.keys() if key not in quantised]  # noqa: SIM118
 
 
 class _Tensors(Mapping[str, Tensor]):
@@ -172,7 +222,7 @@ def read_json(path: Path) -> dict[str, Any]:
             raise ContainerError(f"{path}: there is no such file; a checkpoint needs it: {_AGAIN}")
         if path.stat().st_size > _MAX_JSON:
             raise ContainerError(f"{path}: is over {_MAX_JSON:,} bytes; {_AGAIN}")
-        content = json.loads(path.read_bytes(), object_pairs_hook=_unique)
+        content = json.loads(path.read_bytes(), object_pairs_hook=unique_names)
     except OSError as error:
         raise _unreadable(path, error) from error
     except (ValueError, RecursionError) as error:  # a bad number or encoding; too deep a nesting
@@ -182,13 +232,12 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    content = dict(pairs)
-    if len(content) != len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"{twice!r} is given twice")
-    return content
+def shortened(value: object) -> str:
+    """A value of a config as a message shows it."""
+    # of a list, only that it is one: it may be nested too deep to print
+    plain = isinstance(value, str | int | float) or value is None
+    text = repr(value) if plain else f"a {type(value).__name__}"
+    return text if len(text) <= 40 else f"{text[:40]}..."
 
 
 def _quantization(config: dict[str, Any], path: Path) -> dict[str, Any]:
@@ -283,7 +332,7 @@ def _single_file(folder: Path) -> Path:
 
 
 def _headers(path: Path) -> dict[str, _Entry]:
-    with _opened(path) as file:
+    with opened(path) as file:
         return {key: _entry(path, file, key) for key in file.keys()}  # noqa: SIM118
 
 
@@ -293,7 +342,7 @@ def _entry(path: Path, file: Any, key: str) -> _Entry:
 
 
 @contextlib.contextmanager
-def _opened(path: Path) -> Iterator[Any]:
+def opened(path: Path) -> Iterator[Any]:
     """The mapped file; safetensors bounds its offsets by the file's size."""
     try:
         if not path.is_file():

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor
 
 from vqkernels.errors import ContainerError, SpecError, TensorError, VqError
 from vqkernels.formats.aqlm.scheme import FLOATS, KEPT, Scheme
-from vqkernels.formats.checkpoint import CONFIG, Checkpoint
-from vqkernels.source import Outline, TensorSource
+from vqkernels.formats.checkpoint import CONFIG, Checkpoint, CheckpointSource
+from vqkernels.source import Outline
 from vqkernels.tensor import QuantizedTensor, row_step
 
 __all__ = ["AqlmSource", "dequantize"]
@@ -20,7 +18,7 @@ _PIECE = 1 << 22  # weights summed at once: 16 MB in float32
 _AGAIN = "copy or download the checkpoint again"
 
 
-class AqlmSource(TensorSource):
+class AqlmSource(CheckpointSource):
     """The quantised modules of an AQLM checkpoint, by module name.
 
     Values keep the dtype they are stored in (config.json's torch_dtype has no say); a scale of
@@ -34,14 +32,8 @@ class AqlmSource(TensorSource):
     """
 
     def __init__(self, checkpoint: Checkpoint, *, skip_bad: bool = False) -> None:
-        self.checkpoint = checkpoint
-        self.refused: dict[str, str] = {}
+        super().__init__(checkpoint, "aqlm")
         config = checkpoint.folder / CONFIG
-        if checkpoint.method != "aqlm":
-            raise ContainerError(
-                f"{config}: quant_method is {checkpoint.method!r}, not 'aqlm'; open it as what it "
-                f"is"
-            )
         try:
             self._scheme = Scheme.from_config(checkpoint.quantization)
         except SpecError as error:
@@ -50,7 +42,6 @@ class AqlmSource(TensorSource):
         if not self._keys:
             raise ContainerError(f"{checkpoint.folder}: holds no codes, so no AQLM layer; {_AGAIN}")
         kept = _kept(checkpoint)
-        self._outlines: dict[str, Outline] = {}
         for name in self._keys:
             try:
                 if not kept.isdisjoint((name, f"{name}.weight")):
@@ -75,21 +66,6 @@ class AqlmSource(TensorSource):
         if outline.bias:
             parts["bias"] = self._floats(f"{name}.bias").to(torch.float32)
         return QuantizedTensor(spec, outline.n, outline.k, parts)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._outlines)
-
-    def __len__(self) -> int:
-        return len(self._outlines)
-
-    def outline(self, name: str) -> Outline:
-        """What is known of matrix `name`, from the headers. Raises KeyError as a lookup."""
-        return self._outlines[name]
-
-    def dense_keys(self) -> list[str]:
-        """The tensors of the checkpoint that belong to no quantised module."""
-        quantised = {key for keys in self._keys.values() for key in keys}
-        return [key for key in self.checkpoint.keys() if key not in quantised]  # noqa: SIM118
 
     def _check_headers(self, name: str) -> Outline:
         """The module's outline, once its tensors are those that its config asks for."""

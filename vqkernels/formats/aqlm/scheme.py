@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from vqkernels.errors import SpecError, UnsupportedError
+from vqkernels.formats.checkpoint import shortened
 from vqkernels.source import Outline
 from vqkernels.spec import CodebookSpec
 
@@ -55,7 +56,7 @@ class Scheme:
             # True is an int to Python
             if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= most:
                 raise SpecError(
-                    f"{field.name} must be a whole number from 1 to {most}, not {_short(value)}"
+                    f"{field.name} must be a whole number from 1 to {most}, not {shortened(value)}"
                 )
         return cls(**found)
 
@@ -121,8 +122,3 @@ class Scheme:
             "scales": ((rows, 1, 1, 1), dtype),
         }
         return tensors | ({"bias": ((outline.n,), dtype)} if outline.bias else {})
-
-
-def _short(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 40 else f"{text[:40]}..."

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from vqkernels.errors import SpecError, UnsupportedError
+from vqkernels.formats.checkpoint import shortened
 from vqkernels.packing import packed_words
 from vqkernels.parts import check_shape, codebook_sets
 from vqkernels.source import Outline
@@ -289,16 +290,9 @@ def _whole(field: str, value: object) -> int:
     # True is an int to Python
     if not isinstance(value, int) or isinstance(value, bool) or not -1 <= value <= _MAX_COUNT:
         raise SpecError(
-            f"{field} must be a whole number up to {_MAX_COUNT:,}, or -1, not {_short(value)}"
+            f"{field} must be a whole number up to {_MAX_COUNT:,}, or -1, not {shortened(value)}"
         )
     return max(0, value)
-
-
-def _short(value: object) -> str:
-    # of a list, only that it is one: it may be nested too deep to print
-    plain = isinstance(value, str | int | float) or value is None
-    text = repr(value) if plain else f"a {type(value).__name__}"
-    return text if len(text) <= 40 else f"{text[:40]}..."
 
 
 def _count(config: Mapping[str, Any], field: str, default: int | None = None) -> int:
@@ -315,14 +309,14 @@ def _pair(config: Mapping[str, Any], field: str) -> tuple[int, int]:
 def _flag(config: Mapping[str, Any], field: str) -> bool:
     value = config[field]
     if not isinstance(value, bool):
-        raise SpecError(f"{field} must be true or false, not {_short(value)}")
+        raise SpecError(f"{field} must be true or false, not {shortened(value)}")
     return value
 
 
 def _norm_dim(config: Mapping[str, Any]) -> int:
     value = config.get("norm_dim", 0)
     if type(value) is not int or value not in (0, 1):
-        raise SpecError(f"norm_dim must be 0 (by column) or 1 (by row), not {_short(value)}")
+        raise SpecError(f"norm_dim must be 0 (by column) or 1 (by row), not {shortened(value)}")
     return value
 
 

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from vqkernels.errors import ContainerError, SpecError, TensorError, VqError
-from vqkernels.formats.checkpoint import CONFIG, Checkpoint
+from vqkernels.formats.checkpoint import CONFIG, Checkpoint, CheckpointSource
 from vqkernels.formats.vptq.layer import FLOATS, Layer, Stored, is_kept, owners
 from vqkernels.packing import unpack_codes
 from vqkernels.parts import part_table
-from vqkernels.source import Outline, TensorSource
+from vqkernels.source import Outline
 from vqkernels.tensor import QuantizedTensor
 
 __all__ = ["VptqSource", "dequantize"]
@@ -24,7 +24,7 @@ _PIECE = 1 << 19  # code bits unpacked at once: less than 1 MB of temporary numb
 _AGAIN = "copy or download the checkpoint again"
 
 
-class VptqSource(TensorSource):
+class VptqSource(CheckpointSource):
     """The quantised modules of a VPTQ checkpoint, by module name.
 
     Every layout that the upstream wrote is read: codes packed or not, groups, residuals, outlier
@@ -36,17 +36,10 @@ class VptqSource(TensorSource):
     """
 
     def __init__(self, checkpoint: Checkpoint, *, skip_bad: bool = False) -> None:
-        self.checkpoint = checkpoint
-        self.refused: dict[str, str] = {}
+        super().__init__(checkpoint, "vptq")
         self._config = checkpoint.folder / CONFIG
-        if checkpoint.method != "vptq":
-            raise ContainerError(
-                f"{self._config}: quant_method is {checkpoint.method!r}, not 'vptq'; "
-                f"open it as what it is"
-            )
         self._keys = _keys_by_module(checkpoint)
         self._layers: dict[str, Layer] = {}
-        self._outlines: dict[str, Outline] = {}
         for name, config in self._configs().items():
             try:
                 with _located(f"{self._config}: module {name!r}"):
@@ -67,22 +60,6 @@ class VptqSource(TensorSource):
         tensor = QuantizedTensor(outline.spec, outline.n, outline.k, {p: parts[p] for p in order})
         tensor.validate(f"{self.checkpoint.folder}: module {name!r}")
         return tensor
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._layers)
-
-    def __len__(self) -> int:
-        return len(self._layers)
-
-    def outline(self, name: str) -> Outline:
-        """What is known of matrix `name`, from the headers. Raises KeyError as a lookup."""
-        return self._outlines[name]
-
-    def dense_keys(self) -> list[str]:
-        """The tensors of the checkpoint that belong to no quantised module."""
-        modules = [*self._layers, *self.refused]
-        quantised = {key for name in modules for key in self._keys.get(name, ())}
-        return [key for key in self.checkpoint.keys() if key not in quantised]  # noqa: SIM118
 
     # --------------------------------------------------------------------------------------------
     # config and headers
