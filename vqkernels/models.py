@@ -5,7 +5,7 @@
     replace_linears(model, folder)  # the quantised matrices
     load_dense(model, folder)  # all that is not quantised: embeddings, norms, lm_head, biases
 
-At no moment is there more in memory than the quantised model and one layer.
+It takes about the memory of the quantised model and one layer (two where codes are entropy-coded).
 """
 
 from __future__ import annotations

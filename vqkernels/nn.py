@@ -166,9 +166,9 @@ def replace_linears(
     A layer's own bias stays (as its Parameter) where the source holds none. A module under
     several names is replaced under all of them, and so is a layer whose weight is the same
     Parameter. Parts go where the layer's weight is (from the meta device: to the CPU), one matrix
-    after the other: a model built on the meta device never takes more than its quantised size and
-    a layer. Raises TensorError or ContainerError, naming module and source, before anything is
-    replaced; what names and shapes show, before any data is read.
+    after the other: a model built on the meta device takes about its quantised size and a layer
+    (two where codes are entropy-coded). Raises TensorError or ContainerError, naming module and
+    source, before anything is replaced; what names and shapes show, before any data is read.
     """
     if isinstance(source, Mapping):
         tensors, where = source, "the given tensors"
