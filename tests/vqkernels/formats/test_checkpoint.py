@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 from vqkernels.errors import ContainerError
-from vqkernels.formats.checkpoint import Checkpoint
+from vqkernels.formats.checkpoint import Checkpoint, shortened
 
 CONFIG = {"quantization_config": {"quant_method": "VPTQ"}}
 TENSORS = {"a": torch.arange(6.0).reshape(2, 3), "b.c": torch.arange(4, dtype=torch.int16)}
@@ -245,3 +245,13 @@ def test_a_shard_is_a_plain_name_in_its_folder(shards: Path, name: str) -> None:
 def test_an_index_without_a_map_is_refused(shards: Path, places: Any) -> None:
     write_json(shards / "model.safetensors.index.json", {"weight_map": places})
     assert refusal(shards).startswith("/model.safetensors.index.json: ")
+
+
+def test_a_value_of_a_config_is_told_in_a_few_letters() -> None:
+    deep: list[object] = []
+    for _ in range(5000):  # too deep for repr
+        deep = [deep]
+    assert shortened(deep) == "a list"
+    assert shortened("x\n") == "'x\\n'"
+    assert shortened(None) == "None"
+    assert shortened("x" * 99) == "'" + "x" * 39 + "..."

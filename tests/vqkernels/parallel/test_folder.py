@@ -440,3 +440,16 @@ def test_a_mapping_without_its_checksum(change: Callable[[Any], Any], top: Path)
     change(content)
     (top / MAPPING).write_text(json.dumps(content))
     refused(top, top / MAPPING, "doesn't match its checksum")
+
+
+def test_verifying_looks_at_what_each_rank_decodes_to(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_parallel(tmp_path, some(), ranks=2)
+    source = open_parallel(tmp_path)
+    name = next(iter(source))
+    assert torch.equal(source.verify(name).decode(), source[name].decode())
+    monkeypatch.setattr("vqkernels.container.read.decoded_sha256", lambda *_: "0" * 64)
+    assert source[name].n == 32
+    with pytest.raises(ContainerError, match="the dequantised values don't match"):
+        source.verify(name)
