@@ -31,7 +31,7 @@ from vqkernels.container.origin import Made, library_stamp
 from vqkernels.errors import ContainerError, TensorError, UnsupportedError
 from vqkernels.parts import BitCount, check_fit, effective_bits
 from vqkernels.presets import parse_format
-from vqkernels.quantize import quantize, relative_error
+from vqkernels.quantize import Recipe, quantize, relative_error
 from vqkernels.spec import CodebookSpec
 from vqkernels.tensor import QuantizedTensor
 
@@ -332,7 +332,8 @@ def _made(row: Row, job: _Job) -> Made:
 def _quantize_one(file: Any, name: str, weight: Tensor, job: _Job) -> QuantizedTensor:
     check_fit(job.spec, *weight.shape)
     bias = _bias(file, name, len(weight)) if job.bias else None
-    return quantize(weight, job.spec, seed=job.seed, iterations=job.iterations, bias=bias)
+    recipe = Recipe(iterations=job.iterations)
+    return quantize(weight, job.spec, seed=job.seed, recipe=recipe, bias=bias)
 
 
 def _bias(file: Any, name: str, n: int) -> Tensor | None:

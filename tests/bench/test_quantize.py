@@ -21,7 +21,7 @@ from bench import cli
 from bench.commands import quantize as command
 from vqkernels import container
 from vqkernels.presets import parse_format
-from vqkernels.quantize import quantize, relative_error
+from vqkernels.quantize import Recipe, quantize, relative_error
 
 Tensors = dict[str, torch.Tensor]
 
@@ -86,7 +86,7 @@ def test_holds_what_the_quantizer_gives_and_where_it_is_from(model: Path, tmp_pa
     assert result.exit_code == 0, result.output
     path = tmp_path / "mine.vq.safetensors"
     weight = tensors()["0.query.weight"]
-    expected = quantize(weight, parse_format(FORMAT), seed=3, iterations=4)
+    expected = quantize(weight, parse_format(FORMAT), seed=3, recipe=Recipe(iterations=4))
     found = container.load(path)
     assert torch.equal(found["0.query.weight"].decode(), expected.decode())
     assert torch.equal(found["0.query.weight"].bias, tensors()["0.query.bias"])

@@ -1,7 +1,7 @@
 """The reference quantizer: a dense weight in, a QuantizedTensor out.
 
-Every method minimises `sum weights * (W - decoded W)^2`, also where it codes a scaled W. A method
-is a file with a `fit`: from the vectors of each codebook to its stored stages. The k-means under
+`prepare` turns the weight into what its codebooks have to come near (scales, rotation, columns
+left out); a method, a file with a `fit`, finds codes and codebooks for that. The clustering under
 all of them is `vqkernels.quantize.kmeans`.
 """
 
@@ -15,12 +15,15 @@ from torch import Tensor
 from vqkernels.errors import TensorError, UnsupportedError
 from vqkernels.parts import check_fit, part_table
 from vqkernels.quantize import pq, rq, vq
-from vqkernels.quantize.codebook import Stage, code_stage, round_to
-from vqkernels.quantize.layout import Vectors, join, split
+from vqkernels.quantize.codebook import Stage, code_stage
+from vqkernels.quantize.layout import join
+from vqkernels.quantize.prepare import prepare, target_of
+from vqkernels.quantize.recipe import Recipe
+from vqkernels.quantize.target import Target
 from vqkernels.spec import CodebookSpec
 from vqkernels.tensor import QuantizedTensor, scaled_codebook
 
-__all__ = ["encode", "quantize", "relative_error"]
+__all__ = ["Recipe", "encode", "quantize", "relative_error"]
 
 # What no method fills yet, and the value that asks for nothing.
 _NOT_YET = (
@@ -32,12 +35,14 @@ _NOT_YET = (
     ("distance", "l2"),
 )
 
+_DEFAULT = Recipe()
+
 
 class Method(Protocol):
-    """A method's `fit`: stages in order, each with codes for all of `vectors`."""
+    """A method's `fit`: the stages of `spec` in order, with codes for `target.vectors(spec)`."""
 
     def __call__(
-        self, vectors: Vectors, spec: CodebookSpec, *, seed: int, iterations: int
+        self, target: Target, spec: CodebookSpec, recipe: Recipe, *, seed: int
     ) -> list[Stage]: ...
 
 
@@ -47,34 +52,33 @@ def quantize(
     *,
     seed: int = 0,
     weights: Tensor | None = None,
-    iterations: int = 25,
+    hessian: Tensor | None = None,
+    recipe: Recipe = _DEFAULT,
     bias: Tensor | None = None,
 ) -> QuantizedTensor:
     """`weight: [n, k]` in the format `spec`, on the CPU; the same `seed` gives the same bits.
 
-    weights: importance of each squared error, `[n, k]` or anything that broadcasts to it (`[k]`:
-        one an input feature, as the diagonal of a Hessian).
-    iterations: of each k-means.
+    weights: importance of each squared error, `[n, k]` or anything that broadcasts to it.
+    hessian: of the layer's output error, `[k, k]` (X^T X of its inputs), or its diagonal `[k]`,
+        which is the same as `weights` of that shape. Give one of the two.
+    recipe: how codes and codebooks are found.
     bias: `[n]`, stored beside the weight as it is.
 
-    `additive` (AQLM) and `vptq` are coded greedily, as residual quantization: main codebook first,
-    then what it left. Raises TensorError for a weight that is no finite matrix, UnsupportedError
-    where the layer can't hold the format or no method here fills a part of it yet.
+    Raises TensorError for a weight that is no finite matrix, UnsupportedError where the layer
+    can't hold the format or no method here fills a part of it yet.
     """
-    matrix, importance = _checked(weight, weights)
+    matrix, importance, full = _checked(weight, weights, hessian)
     n, k = matrix.shape
     method = _method(spec)
     check_fit(spec, n, k)
-    scale = _scale(spec, matrix)
-    vectors = _vectors(spec, matrix, importance, scale)
-    stages = method(vectors, spec, seed=seed, iterations=iterations)
-    found = {"codes": join(spec, n, k, vectors.cells, [stage.codes for stage in stages])}
+    target, found = prepare(spec, matrix, importance, full)
+    stages = method(target, spec, recipe, seed=seed)
+    cells = target.vectors(spec).cells
+    found["codes"] = join(spec, n, k, cells, [stage.codes for stage in stages])
     found |= {f"codebook_{number}": stage.values for number, stage in enumerate(stages)}
     scales = [stage.scale for stage in stages if stage.scale is not None]
     if scales:
         found["codebook_scale"] = torch.stack(scales, dim=-1)
-    if scale is not None:
-        found["scale"] = scale
     if bias is not None:
         found["bias"] = _bias(bias, n)
     table = part_table(spec, n, k, bias=bias is not None)
@@ -89,7 +93,7 @@ def encode(
 
     Errors as for `quantize`; TensorError too where the shapes differ.
     """
-    matrix, importance = _checked(weight, weights)
+    matrix, importance, _ = _checked(weight, weights, None)
     tensor = tensor.to("cpu")
     spec = tensor.spec
     if tuple(matrix.shape) != (tensor.n, tensor.k):
@@ -97,7 +101,7 @@ def encode(
             f"weight: shape {list(matrix.shape)}, but the tensor is {tensor.n} x {tensor.k}"
         )
     _method(spec)
-    vectors = _vectors(spec, matrix, importance, tensor.parts.get("scale"))
+    vectors = target_of(spec, matrix, importance, None, dict(tensor.parts)).vectors(spec)
     cells, codes = vectors.cells, []
     for stage in range(len(spec.stages)):
         book = scaled_codebook(spec, tensor.parts, stage, torch.float32).flatten(0, 1)
@@ -132,7 +136,14 @@ def _method(spec: CodebookSpec) -> Method:
     return rq.fit if len(spec.stages) > 1 else vq.fit
 
 
-def _checked(weight: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor | None]:
+# ------------------------------------------------------------------------------------------------
+# what is given
+
+
+def _checked(
+    weight: Tensor, weights: Tensor | None, hessian: Tensor | None
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """The weight, the importance of each error and the full Hessian, on the CPU in float32."""
     if weight.ndim != 2 or not weight.is_floating_point():
         raise TensorError(
             f"weight: {weight.dtype} {list(weight.shape)}; give a matrix of floating-point numbers"
@@ -140,8 +151,16 @@ def _checked(weight: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor | N
     matrix = weight.detach().cpu().float()
     if not bool(torch.isfinite(matrix).all()):
         raise TensorError("weight: holds NaN or infinity (as float32); repair the checkpoint")
-    if weights is None:
-        return matrix, None
+    if hessian is None:
+        return matrix, None if weights is None else _importance(weights, matrix), None
+    if weights is not None:
+        raise TensorError("weights and hessian both say how errors count; give one of them")
+    full = _hessian(hessian, matrix.shape[1])
+    diagonal = full if full.ndim == 1 else full.diagonal()
+    return matrix, _importance(diagonal, matrix), None if full.ndim == 1 else full
+
+
+def _importance(weights: Tensor, matrix: Tensor) -> Tensor:
     try:
         importance = weights.detach().cpu().float().expand(matrix.shape)
     except RuntimeError as error:
@@ -150,7 +169,21 @@ def _checked(weight: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor | N
         ) from error
     if not bool((torch.isfinite(importance) & (importance >= 0)).all()):
         raise TensorError("weights: must be finite and not below 0")
-    return matrix, importance
+    return importance
+
+
+def _hessian(hessian: Tensor, k: int) -> Tensor:
+    value = hessian.detach().cpu().float()
+    if tuple(value.shape) not in ((k,), (k, k)):
+        raise TensorError(
+            f"hessian: shape {list(value.shape)}, but the weight has {k} inputs; "
+            f"give [{k}, {k}] or [{k}]"
+        )
+    if not bool(torch.isfinite(value).all()):
+        raise TensorError("hessian: holds NaN or infinity; calibrate again")
+    if value.ndim == 2 and not torch.allclose(value, value.T, rtol=1e-3, atol=1e-5):
+        raise TensorError("hessian: is not symmetric; give X^T X of the layer's inputs")
+    return value
 
 
 def _bias(bias: Tensor, n: int) -> Tensor:
@@ -158,29 +191,3 @@ def _bias(bias: Tensor, n: int) -> Tensor:
     if tuple(value.shape) != (n,) or not bool(torch.isfinite(value).all()):
         raise TensorError(f"bias: shape {list(value.shape)}; give {n} finite numbers")
     return value
-
-
-def _scale(spec: CodebookSpec, matrix: Tensor) -> Tensor | None:
-    """Root mean square of each row or column, or of all, as it is stored; 1 where that is 0."""
-    if spec.scale_axis == "none":
-        return None
-    # numpy: torch's sum of a whole tensor rounds differently with the number of threads
-    squares = matrix.double().square().numpy()
-    axis = {"tensor": None, "row": 1, "column": 0}[spec.scale_axis]
-    rms = torch.from_numpy(squares.mean(axis=axis).reshape(-1)).sqrt()
-    stored = round_to(rms, spec.side_dtype, "side_dtype")
-    return torch.where(stored == 0, torch.ones_like(stored), stored)
-
-
-def _vectors(
-    spec: CodebookSpec, matrix: Tensor, importance: Tensor | None, scale: Tensor | None
-) -> Vectors:
-    if scale is None:
-        return split(spec, matrix, importance)
-    factor = scale.double()[:, None] if spec.scale_axis == "row" else scale.double()
-    if spec.scale_axis != "tensor":
-        # an error of the scaled weight counts in the weight's own units
-        # (relative to the largest: squares of small scales would underflow in float32)
-        squares = (factor / factor.max()).square().expand(matrix.shape)
-        importance = (squares if importance is None else squares * importance).float()
-    return split(spec, (matrix / factor).float(), importance)

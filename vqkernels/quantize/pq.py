@@ -9,12 +9,13 @@ from __future__ import annotations
 
 from vqkernels.quantize import rq
 from vqkernels.quantize.codebook import Stage
-from vqkernels.quantize.layout import Vectors
+from vqkernels.quantize.recipe import Recipe
+from vqkernels.quantize.target import Target
 from vqkernels.spec import CodebookSpec
 
 __all__ = ["fit"]
 
 
-def fit(vectors: Vectors, spec: CodebookSpec, *, seed: int, iterations: int) -> list[Stage]:
-    """The stages of `spec`, each with a codebook for each book of `vectors`."""
-    return rq.fit(vectors, spec, seed=seed, iterations=iterations)
+def fit(target: Target, spec: CodebookSpec, recipe: Recipe, *, seed: int) -> list[Stage]:
+    """The stages of `spec`, each with a codebook for each subspace of each group."""
+    return rq.fit(target, spec, recipe, seed=seed)

@@ -9,16 +9,17 @@ from __future__ import annotations
 
 from vqkernels.quantize import vq
 from vqkernels.quantize.codebook import Stage
-from vqkernels.quantize.layout import Vectors
+from vqkernels.quantize.recipe import Recipe
+from vqkernels.quantize.target import Target
 from vqkernels.spec import CodebookSpec
 
 __all__ = ["fit"]
 
 
-def fit(vectors: Vectors, spec: CodebookSpec, *, seed: int, iterations: int) -> list[Stage]:
-    """The stages of `spec`, each with a codebook for each book of `vectors`."""
-    stages: list[Stage] = []
+def fit(target: Target, spec: CodebookSpec, recipe: Recipe, *, seed: int) -> list[Stage]:
+    """The stages of `spec`, each of what the stages before it left."""
+    vectors, stages = target.vectors(spec), list[Stage]()
     for stage in range(len(spec.stages)):
-        stages.append(vq.fit_stage(vectors, spec, stage, seed=seed, iterations=iterations))
+        stages.append(vq.fit_stage(vectors, spec, recipe, stage, seed=seed))
         vectors = vectors.minus(stages[-1].decode())
     return stages

@@ -8,18 +8,20 @@ from __future__ import annotations
 from vqkernels.quantize.codebook import Stage, store
 from vqkernels.quantize.kmeans import kmeans
 from vqkernels.quantize.layout import Vectors
+from vqkernels.quantize.recipe import Recipe
+from vqkernels.quantize.target import Target
 from vqkernels.spec import CodebookSpec
 
 __all__ = ["fit", "fit_stage"]
 
 
-def fit(vectors: Vectors, spec: CodebookSpec, *, seed: int, iterations: int) -> list[Stage]:
-    """The one stage of `spec`, a codebook for each book of `vectors`."""
-    return [fit_stage(vectors, spec, 0, seed=seed, iterations=iterations)]
+def fit(target: Target, spec: CodebookSpec, recipe: Recipe, *, seed: int) -> list[Stage]:
+    """The one stage of `spec`."""
+    return [fit_stage(target.vectors(spec), spec, recipe, 0, seed=seed)]
 
 
 def fit_stage(
-    vectors: Vectors, spec: CodebookSpec, stage: int, *, seed: int, iterations: int
+    vectors: Vectors, spec: CodebookSpec, recipe: Recipe, stage: int, *, seed: int
 ) -> Stage:
     """Stage number `stage` of `spec`, for `vectors` that earlier stages have been taken from."""
     found = kmeans(
@@ -27,6 +29,6 @@ def fit_stage(
         spec.stages[stage],
         weights=vectors.weights,
         seed=(seed, stage),
-        iterations=iterations,
+        iterations=recipe.iterations,
     )
     return store(vectors, found.centroids, spec.codebook_dtype)

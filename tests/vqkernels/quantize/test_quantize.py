@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from vqkernels.errors import UnsupportedError
 from vqkernels.parts import check_fit
 from vqkernels.presets import PRESETS
-from vqkernels.quantize import quantize, relative_error
+from vqkernels.quantize import Recipe, quantize, relative_error
 from vqkernels.spec import CodebookSpec
 from vqkernels.tensor import scaled_codebook, set_index
 
@@ -298,7 +298,7 @@ def test_same_bits_on_any_number_of_threads(threads, fields):
     found = []
     for count in (1, 2):
         torch.set_num_threads(count)
-        found.append(quantize(weight, make(**fields), iterations=4))
+        found.append(quantize(weight, make(**fields), recipe=Recipe(iterations=4)))
     same(*found)
 
 
@@ -360,7 +360,7 @@ def test_any_shape(n, k, length, stride, subspaces, axis, width, group, scale, d
         reject()
     errors = []
     for stages in ((entries,), (entries, entries), (entries,) * 3):
-        tensor = quantize(weight, make(stages=stages, **fields), iterations=4)
+        tensor = quantize(weight, make(stages=stages, **fields), recipe=Recipe(iterations=4))
         tensor.validate()
         errors.append(relative_error(weight, tensor))
     assert errors[1] <= errors[0] * 1.0001 + 1e-9
