@@ -94,8 +94,7 @@ def _report(
     if not quantised and not formats:
         raise click.UsageError("give what is quantised: QUANTISED, or --format to do it here")
 
-    def moments_of(name: str) -> Calibrated | None:
-        return None
+    moments_of = dict[str, Calibrated]().get
 
     candidates = [stored(path, label, patterns) for path, label in _labels(quantised).items()]
     candidates += _here(original, formats, patterns, seed, moments_of)
