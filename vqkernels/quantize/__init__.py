@@ -19,19 +19,23 @@ from vqkernels.parts import Part, check_fit, part_table
 from vqkernels.quantize import fixed, pq, rq, vq
 from vqkernels.quantize.codebook import Stage
 from vqkernels.quantize.layout import join
-from vqkernels.quantize.prepare import prepare
+from vqkernels.quantize.prepare import prepare, target_of
 from vqkernels.quantize.recipe import Recipe
 from vqkernels.quantize.scales import clip_limits
 from vqkernels.quantize.target import Target
 from vqkernels.spec import CodebookSpec
 from vqkernels.tensor import QuantizedTensor
 
-__all__ = ["Recipe", "clip_limits", "encode", "quantize", "relative_error"]
+__all__ = [
+    "Recipe",
+    "clip_limits",
+    "encode",
+    "quantize",
+    "relative_error",
+    "squared_errors",
+]
 
 _DEFAULT = Recipe()
-
-# Parts that `encode` finds anew.
-_CODED = ("codes", "outliers", "outlier_codes", "uniform_codes")
 
 
 class Method(Protocol):
@@ -94,26 +98,19 @@ def quantize(
 
 
 def encode(
-    weight: Tensor,
-    tensor: QuantizedTensor,
-    *,
-    weights: Tensor | None = None,
-    recipe: Recipe = _DEFAULT,
+    weight: Tensor, tensor: QuantizedTensor, *, weights: Tensor | None = None
 ) -> QuantizedTensor:
     """`tensor` with the codes and side columns of `weight`; all else stays as it is.
 
     Codebooks, scales, zeros, permutation and rotation stay, the scales and zeros of uniform
-    columns too. Of `recipe`, what says how codes are found. Errors as for `quantize`; TensorError
-    too where the shapes differ.
+    columns too. Errors as for `quantize`; TensorError too where the shapes differ.
     """
     given = _checked(weight, weights, None)
     tensor = tensor.to("cpu")
     spec, n, k = tensor.spec, tensor.n, tensor.k
     if tuple(given.matrix.shape) != (n, k):
         raise TensorError(f"weight: shape {list(given.matrix.shape)}, but the tensor is {n} x {k}")
-    known = {name: part for name, part in tensor.parts.items() if name not in _CODED}
-    recipe = dataclasses.replace(recipe, clip=0.0)  # which says how codebooks are trained
-    target, found = prepare(spec, given, recipe, seed=0, errors=lambda: given.matrix, known=known)
+    target, found = target_of(tensor, given)
     codes = fixed.find_codes(target, spec, found)
     found["codes"] = join(spec, n, k, target.vectors(spec).cells, codes)
     return tensor.replace_parts(**found)
@@ -121,10 +118,16 @@ def encode(
 
 def relative_error(weight: Tensor, tensor: QuantizedTensor) -> float:
     """`sum (W - decoded W)^2 / sum W^2`; of an all-zero W, 0 if it is exact and inf if not."""
-    exact = weight.detach().cpu().double()
-    lost = float((exact - tensor.to("cpu").decode()).square().sum())
-    total = float(exact.square().sum())
+    lost, total = squared_errors(weight, tensor)
     return lost / total if total else (float("inf") if lost else 0.0)
+
+
+def squared_errors(weight: Tensor, tensor: QuantizedTensor) -> tuple[float, float]:
+    """`sum (W - decoded W)^2` and `sum W^2`, in float64, the same for any number of threads."""
+    exact = weight.detach().cpu().double()
+    # numpy: torch's sum of a whole tensor rounds differently with the number of threads
+    lost = (exact - tensor.to("cpu").decode()).square().numpy().sum()
+    return float(lost), float(exact.square().numpy().sum())
 
 
 def _fit(
@@ -144,8 +147,6 @@ def _fit(
 
 def _method(spec: CodebookSpec) -> Method:
     """What codes `spec`; UnsupportedError, naming the field, where nothing does yet."""
-    if spec.distance != "l2":
-        raise UnsupportedError("quantize: distance = 'cosine' is not implemented yet; use l2")
     if any(factor != 1 for factor in spec.coefficients):
         raise UnsupportedError(
             f"quantize: coefficients = {spec.coefficients} are not implemented yet; leave them out"

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from vqkernels.errors import TensorError
 from vqkernels.parts import part_table
-from vqkernels.quantize.codebook import code_stage, rounded
+from vqkernels.quantize.codebook import rounded
+from vqkernels.quantize.kmeans import assign
 from vqkernels.quantize.target import Target
 from vqkernels.spec import CodebookSpec
 from vqkernels.tensor import scaled_codebook
@@ -53,6 +54,7 @@ def find_codes(target: Target, spec: CodebookSpec, parts: Mapping[str, Tensor]) 
     vectors, codes = target.vectors(spec), list[Tensor]()
     for stage in range(len(spec.stages)):
         book = scaled_codebook(spec, parts, stage, torch.float32).flatten(0, 1)
-        codes.append(code_stage(vectors, book))
-        vectors = vectors.minus(book[torch.arange(len(book))[:, None], codes[-1]])
+        found = assign(vectors.points, book, weights=vectors.weights, distance=spec.distance)
+        codes.append(found)
+        vectors = vectors.minus(book[torch.arange(len(book))[:, None], found])
     return codes

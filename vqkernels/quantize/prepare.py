@@ -18,23 +18,30 @@ from vqkernels.quantize.scales import clip_limits, error_units, fit_scales, norm
 from vqkernels.quantize.sides import code_sides, column_scores, side_first
 from vqkernels.quantize.target import Target
 from vqkernels.spec import CodebookSpec
+from vqkernels.tensor import QuantizedTensor
 
-__all__ = ["prepare"]
+__all__ = ["prepare", "target_of"]
+
+_DEFAULT = Recipe()
+
+# Parts that say what the codebooks and the side columns made of one weight.
+_CODED = ("codes", "outliers", "outlier_codes", "uniform_codes")
 
 
 def prepare(
     spec: CodebookSpec,
     weight: Target,
-    recipe: Recipe,
+    recipe: Recipe = _DEFAULT,
     *,
     seed: int,
-    errors: Callable[[], Tensor],
+    errors: Callable[[], Tensor] | None = None,
     known: Mapping[str, Tensor] | None = None,
 ) -> tuple[Target, dict[str, Tensor]]:
     """The target of a weight, and the parts of `spec` beside codes and codebooks.
 
     weight: all its columns, as they are.
-    errors: what codebooks alone leave of the weight, `[n, k]`; called where the recipe asks.
+    errors: what codebooks alone leave of the weight, `[n, k]`; called where `recipe.sides` asks
+        for it. Without one, side columns are chosen as by `auto`.
     known: parts that are taken as they are, of a tensor that is coded anew.
     """
     found = dict(known or {})
@@ -58,11 +65,20 @@ def prepare(
     return target, found
 
 
+def target_of(tensor: QuantizedTensor, weight: Target) -> tuple[Target, dict[str, Tensor]]:
+    """The target of a weight in a tensor's scales, columns and rotation, and the tensor's parts.
+
+    Among the parts, side columns are the weight's; codes are left out.
+    """
+    known = {name: part for name, part in tensor.parts.items() if name not in _CODED}
+    return prepare(tensor.spec, weight, seed=0, known=known)
+
+
 def _order(
     spec: CodebookSpec,
     weight: Target,
     recipe: Recipe,
-    errors: Callable[[], Tensor],
+    errors: Callable[[], Tensor] | None,
     found: Mapping[str, Tensor],
 ) -> Tensor:
     """Input features in stored order: `[k]` int64."""

@@ -34,16 +34,16 @@ def column_scores(
     centred: Tensor,
     weights: Tensor | None,
     by: SideBy,
-    errors: Callable[[], Tensor],
+    errors: Callable[[], Tensor] | None = None,
 ) -> Tensor:
     """How much is at stake in each column of `centred: [n, k]`: `[k]` float64.
 
     by: `hessian`: squares times `weights: [n, k]` (of a Hessian, the diagonal); `magnitude`:
-        squares; `error`: weighted squares of `errors()`, what codebooks alone leave.
+        squares; `error`: weighted squares of `errors()`, what codebooks alone leave; `auto`, and
+        `error` without `errors`: by the weights where there are some, else by magnitude.
     """
-    if by == "auto":
-        by = "magnitude" if weights is None else "hessian"
-    squares = (errors() if by == "error" else centred).double().square()
+    left = errors() if by == "error" and errors is not None else centred
+    squares = left.double().square()
     if weights is not None and by != "magnitude":
         squares = squares * weights
     return torch.from_numpy(squares.numpy().sum(axis=0))
