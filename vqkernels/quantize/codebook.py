@@ -19,7 +19,7 @@ from vqkernels.quantize.kmeans import assign
 from vqkernels.quantize.layout import Vectors
 from vqkernels.quantize.refit import refit
 
-__all__ = ["Stage", "code_stage", "round_to", "store"]
+__all__ = ["Stage", "code_stage", "round_to", "rounded", "store"]
 
 # Scales that are tried for int8, as shares of the one that just holds the largest entry. A rare
 # entry may be worth clamping; below this the clamped ones cost more than finer steps gain.
@@ -59,14 +59,31 @@ def store(vectors: Vectors, centroids: Tensor, dtype: str, *, coefficient: float
 
     Raises UnsupportedError where an entry is too large for `dtype`, or the coefficient is 0.
     """
+    if dtype == "int8":
+        _check_coefficient(coefficient)
+        return _trained_int8(vectors, centroids, coefficient)
+    values, scale = rounded(centroids, dtype, coefficient)
+    codes = code_stage(vectors, stored_entries(values, scale, coefficient))
+    return Stage(values, scale, codes, coefficient)
+
+
+def rounded(
+    centroids: Tensor, dtype: str, coefficient: float = 1.0
+) -> tuple[Tensor, Tensor | None]:
+    """`centroids: [books, entries, length]` as `dtype` holds them, and int8's scale `[books]`.
+
+    Errors as for `store`.
+    """
+    _check_coefficient(coefficient)
+    entries = centroids / coefficient
+    if dtype != "int8":
+        return round_to(entries, dtype, "codebook_dtype"), None
+    return _rounded_int8(entries, torch.ones(1, dtype=torch.float64))
+
+
+def _check_coefficient(coefficient: float) -> None:
     if coefficient == 0:
         raise UnsupportedError("quantize: a stage's coefficient is 0; leave that stage out")
-    if dtype == "int8":
-        return _trained_int8(vectors, centroids, coefficient)
-    values = round_to(centroids / coefficient, dtype, "codebook_dtype")
-    return Stage(
-        values, None, code_stage(vectors, stored_entries(values, None, coefficient)), coefficient
-    )
 
 
 def code_stage(vectors: Vectors, entries: Tensor) -> Tensor:
