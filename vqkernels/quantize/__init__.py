@@ -7,6 +7,7 @@ all of them is `vqkernels.quantize.kmeans`.
 
 from __future__ import annotations
 
+from types import MappingProxyType
 from typing import Protocol
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from vqkernels.errors import TensorError, UnsupportedError
 from vqkernels.parts import check_fit, part_table
-from vqkernels.quantize import pq, rq, vq
+from vqkernels.quantize import additive, pq, rq, vptq, vq
 from vqkernels.quantize.codebook import Stage, code_stage
 from vqkernels.quantize.layout import join
 from vqkernels.quantize.prepare import prepare, target_of
@@ -36,6 +37,9 @@ _NOT_YET = (
 )
 
 _DEFAULT = Recipe()
+
+# Methods that a format names; the others follow from its shape.
+_METHODS = MappingProxyType({"additive": additive.fit, "vptq": vptq.fit})
 
 
 class Method(Protocol):
@@ -131,6 +135,8 @@ def _method(spec: CodebookSpec) -> Method:
         )
     if spec.method == "opq":
         raise UnsupportedError("quantize: method = 'opq' is not implemented yet; use 'pq'")
+    if spec.method in _METHODS:
+        return _METHODS[spec.method]
     if spec.subspaces > 1:
         return pq.fit
     return rq.fit if len(spec.stages) > 1 else vq.fit

@@ -15,7 +15,7 @@ from vqkernels.errors import UnsupportedError
 from vqkernels.quantize.kmeans import assign
 from vqkernels.quantize.layout import Vectors
 
-__all__ = ["Stage", "code_stage", "round_to", "store"]
+__all__ = ["Stage", "code_stage", "round_to", "rounded", "store", "stored_entries"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,14 +40,18 @@ def store(vectors: Vectors, centroids: Tensor, dtype: str) -> Stage:
 
     Raises UnsupportedError where an entry is too large for `dtype`.
     """
-    if dtype == "int8":
-        largest = centroids.abs().amax((1, 2))
-        # an all-zero codebook has any scale; so has one too small to be divided by 127
-        scale = torch.where(largest / 127 > 0, largest / 127, 1.0)
-        values = (centroids / scale[:, None, None]).round().clamp(-127, 127).to(torch.int8)
-        return Stage(values, scale, code_stage(vectors, stored_entries(values, scale)))
-    values = round_to(centroids, dtype, "codebook_dtype")
-    return Stage(values, None, code_stage(vectors, values.float()))
+    values, scale = rounded(centroids, dtype)
+    return Stage(values, scale, code_stage(vectors, stored_entries(values, scale)))
+
+
+def rounded(centroids: Tensor, dtype: str) -> tuple[Tensor, Tensor | None]:
+    """`centroids: [books, entries, length]` as stored, and the scale `[books]` of int8 entries."""
+    if dtype != "int8":
+        return round_to(centroids, dtype, "codebook_dtype"), None
+    largest = centroids.abs().amax((1, 2))
+    # an all-zero codebook has any scale; so has one too small to be divided by 127
+    scale = torch.where(largest / 127 > 0, largest / 127, 1.0)
+    return (centroids / scale[:, None, None]).round().clamp(-127, 127).to(torch.int8), scale
 
 
 def code_stage(vectors: Vectors, entries: Tensor) -> Tensor:
