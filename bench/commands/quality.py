@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -93,13 +93,15 @@ def _report(
 ) -> Report:
     if not quantised and not formats:
         raise click.UsageError("give what is quantised: QUANTISED, or --format to do it here")
-    calibration: Mapping[str, Calibrated] = {}
+
+    moments_of = dict[str, Calibrated]().get
+
     candidates = [stored(path, label, patterns) for path, label in _labels(quantised).items()]
-    candidates += _here(original, formats, patterns, seed, calibration)
+    candidates += _here(original, formats, patterns, seed, moments_of)
     with progress(sum(len(one.tensors) for one in candidates)) as begin:
         step = begin("measuring")
         found = tuple(
-            judge(one, original, calibration, seed=seed, on_layer=step) for one in candidates
+            judge(one, original, moments_of, seed=seed, on_layer=step) for one in candidates
         )
     sha256 = {file.name: digest for file in original.files for digest in digests(file).values()}
     return Report(
@@ -118,14 +120,14 @@ def _here(
     formats: Sequence[str],
     patterns: Sequence[str],
     seed: int,
-    calibration: Mapping[str, Calibrated],
+    moments_of: Callable[[str], Calibrated | None],
 ) -> list[Candidate]:
     names = linear_weights(original, patterns) if formats else []
     found = []
     for name in dict.fromkeys(formats):
         job = Job(parse_format(name), Recipe(), seed, weighted=False)
         label = Path(name).stem if name.endswith(".toml") else name
-        found.append(quantised_here(label, job, original, names, calibration))
+        found.append(quantised_here(label, job, original, names, moments_of))
     return found
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -74,10 +74,13 @@ def quantised_here(
     job: Job,
     original: Original,
     names: Collection[str],
-    calibration: Mapping[str, Calibrated],
+    moments_of: Callable[[str], Calibrated | None],
 ) -> Candidate:
-    """The tensors `names` of the dense model in the format of `job`; calibration: by tensor."""
-    tensors = _Quantised(job, original, names, calibration)
+    """The tensors `names` of the dense model in the format of `job`.
+
+    moments_of: what a calibration knows of a tensor's layer.
+    """
+    tensors = _Quantised(job, original, names, moments_of)
     origin = {
         "format": job.spec.to_dict(),
         "recipe": job.recipe.to_dict(),
@@ -95,10 +98,10 @@ class _Quantised(Mapping[str, QuantizedTensor]):
         job: Job,
         original: Original,
         names: Collection[str],
-        calibration: Mapping[str, Calibrated],
+        moments_of: Callable[[str], Calibrated | None],
     ) -> None:
         self._job, self._original, self._names = job, original, dict.fromkeys(names)
-        self._calibration = calibration
+        self._moments_of = moments_of
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._names)
@@ -120,7 +123,7 @@ class _Quantised(Mapping[str, QuantizedTensor]):
             raise TensorError(f"tensor {name!r}: {error}") from error
 
     def _hessian(self, name: str) -> Tensor | None:
-        moments = self._calibration.get(name)
+        moments = self._moments_of(name)
         if moments is None:
             return None
         return moments.diagonal if moments.gram is None else moments.gram

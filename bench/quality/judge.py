@@ -17,7 +17,7 @@ __all__ = ["judge"]
 def judge(
     candidate: Candidate,
     original: Original,
-    calibration: Mapping[str, Calibrated],
+    moments_of: Callable[[str], Calibrated | None],
     *,
     seed: int,
     on_layer: Callable[[str], None],
@@ -25,8 +25,8 @@ def judge(
 ) -> Judged:
     """Measure every matrix of `candidate`; `on_layer` is called with each name afterwards.
 
-    calibration: of the dense model's tensors, by name. keep: gets the matrices, for what needs
-    all of them.
+    moments_of: what a calibration knows of the layer of one of the dense model's tensors.
+    keep: gets the matrices, for what needs all of them.
 
     Raises ContainerError where no matrix is of the dense model, TensorError where a shape is not
     the dense model's, and whatever reading the matrices raises.
@@ -47,7 +47,7 @@ def judge(
                     tensor,
                     layer=name,
                     name=place,
-                    moments=calibration.get(place),
+                    moments=moments_of(place),
                     seed=seed,
                     made=candidate.made.get(name, {}),
                 )

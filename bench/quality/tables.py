@@ -86,8 +86,7 @@ def notes(report: Report) -> Iterator[str]:
         if one.unmatched:
             yield f"{one.label}: not in the dense model: {_some(one.unmatched)}"
         if one.dense:
-            count = len(one.dense)
-            yield f"{one.label}: leaves {count} matrices of the model as they are: {_some(one.dense)}"
+            yield f"{one.label}: {len(one.dense)} matrices are left dense: {_some(one.dense)}"
         for name, reason in one.refused.items():
             yield f"{one.label}: refused {name}: {reason}"
 

@@ -24,7 +24,7 @@ from vqkernels.quantize.target import Target
 from vqkernels.spec import CodebookSpec
 from vqkernels.tensor import QuantizedTensor, scaled_codebook
 
-__all__ = ["Recipe", "encode", "quantize", "relative_error"]
+__all__ = ["Recipe", "encode", "quantize", "relative_error", "squared_errors"]
 
 # What no method fills yet, and the value that asks for nothing.
 _NOT_YET = (
@@ -116,10 +116,16 @@ def encode(
 
 def relative_error(weight: Tensor, tensor: QuantizedTensor) -> float:
     """`sum (W - decoded W)^2 / sum W^2`; of an all-zero W, 0 if it is exact and inf if not."""
-    exact = weight.detach().cpu().double()
-    lost = float((exact - tensor.to("cpu").decode()).square().sum())
-    total = float(exact.square().sum())
+    lost, total = squared_errors(weight, tensor)
     return lost / total if total else (float("inf") if lost else 0.0)
+
+
+def squared_errors(weight: Tensor, tensor: QuantizedTensor) -> tuple[float, float]:
+    """`sum (W - decoded W)^2` and `sum W^2`, in float64, the same for any number of threads."""
+    exact = weight.detach().cpu().double()
+    # numpy: torch's sum of a whole tensor rounds differently with the number of threads
+    lost = (exact - tensor.to("cpu").decode()).square().numpy().sum()
+    return float(lost), float(exact.square().numpy().sum())
 
 
 def _method(spec: CodebookSpec) -> Method:
