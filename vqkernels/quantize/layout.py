@@ -55,11 +55,11 @@ def block(spec: CodebookSpec, matrix: Tensor) -> Tensor:
 
 
 def split(spec: CodebookSpec, matrix: Tensor, weights: Tensor | None) -> Vectors:
-    """The vectors of `matrix: [n, k]` float32; `weights: [n, k]` or None.
+    """The vectors of the main columns, `matrix: [n, main]` float32; `weights: [n, main]` or None.
 
     Padding gets weight 0.
     """
-    n, k = matrix.shape
+    n, k = len(matrix), matrix.shape[1] + spec.side_columns
     cells = block(spec, matrix)
     rows, columns, length = cells.shape
     points = cells.reshape(-1, length)

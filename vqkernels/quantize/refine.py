@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from vqkernels.quantize import conjugate, propagate
-from vqkernels.quantize.codebook import Stage, rounded, stored_entries
+from vqkernels.quantize.codebook import Stage, rounded
 from vqkernels.quantize.descent import descend
 from vqkernels.quantize.grid import Grid, grid_of
 from vqkernels.quantize.products import one_thread
@@ -67,7 +67,7 @@ def refine(
 def _start(
     grid: Grid, spec: CodebookSpec, recipe: Recipe, stages: Sequence[Stage], cells: Tensor
 ) -> _Coding:
-    entries = _entries(spec, stages)
+    entries = [stage.entries for stage in stages]
     if recipe.propagate:
         codes = propagate.encode(grid, entries, beam=recipe.beam, damping=recipe.damping)
     else:
@@ -82,10 +82,10 @@ def _round(grid: Grid, spec: CodebookSpec, recipe: Recipe, coding: _Coding) -> _
     """Codebooks for the codes, where better as they are stored; then codes for the codebooks."""
     solved = conjugate.solve(grid, coding.entries, coding.codes)
     stages = [
-        _stored(stage, entries.float(), spec, number)
-        for number, (stage, entries) in enumerate(zip(coding.stages, solved, strict=True))
+        _stored(stage, entries.float(), spec)
+        for stage, entries in zip(coding.stages, solved, strict=True)
     ]
-    trial = _coding(grid, stages, _entries(spec, stages), coding.codes)
+    trial = _coding(grid, stages, [stage.entries for stage in stages], coding.codes)
     best = trial if trial.loss < coding.loss else coding
     codes = descend(grid, best.entries, best.codes, beam=recipe.beam)
     return _coding(grid, best.stages, best.entries, codes)
@@ -98,14 +98,6 @@ def _coding(
     return _Coding(stages, entries, codes, loss)
 
 
-def _stored(stage: Stage, entries: Tensor, spec: CodebookSpec, number: int) -> Stage:
-    values, scale = rounded(entries / spec.coefficient(number), spec.codebook_dtype)
+def _stored(stage: Stage, entries: Tensor, spec: CodebookSpec) -> Stage:
+    values, scale = rounded(entries, spec.codebook_dtype, stage.coefficient)
     return dataclasses.replace(stage, values=values, scale=scale)
-
-
-def _entries(spec: CodebookSpec, stages: Sequence[Stage]) -> list[Tensor]:
-    """Entries of each stage as they decode: `[books, entries, size]` float32."""
-    return [
-        stored_entries(stage.values, stage.scale) * spec.coefficient(number)
-        for number, stage in enumerate(stages)
-    ]
