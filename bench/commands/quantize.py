@@ -120,7 +120,9 @@ def command(
         recipe=recipe,
         bias=bias,
         codes=codes,
-        calibration=calibration_file and (calibration_file.name, sha256_of([calibration_file])),
+        calibration=(
+            (calibration_file.name, sha256_of([calibration_file])) if calibration_file else None
+        ),
     )
     work = WorkFolder(target, job)
     try:

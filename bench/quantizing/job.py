@@ -63,16 +63,14 @@ class Job:
         methods = {spec.method for spec in self.formats.values()}
         changed = {f: value for f, value in self.recipe.to_dict().items() if f != "iterations"}
         told = ", ".join(f"{field}={_value(value)}" for field, value in changed.items())
-        calibrated = zip(
-            ("calibration", "calibration_sha256"), self.calibration or (), strict=False
-        )
+        file, digest = self.calibration or ("", "")
         return {
             "source_sha256": self.source_sha256,
             **({"method": methods.pop()} if len(methods) == 1 else {}),
             "seed": str(self.seed),
             "iterations": str(self.recipe.iterations),
             **({"recipe": told} if told else {}),
-            **dict(calibrated),
+            **({"calibration": file, "calibration_sha256": digest} if file else {}),
             "libraries": library_stamp(),
         }
 
