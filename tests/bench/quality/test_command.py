@@ -215,6 +215,11 @@ def test_infinite_errors_survive_the_file(tmp_path: Path, container: Path) -> No
     found = read_report(target)
     assert found.candidates[0].layers[0].measures["relative_error"] == math.inf
     assert run(target, "--limit", "relative_error=1e9").exit_code == 1
+    target.write_text(content.replace('"relative_error": "inf"', '"relative_error": "nan"'))
+    for limit in ("relative_error<=9", "relative_error>=0"):
+        result = run(target, "--limit", limit)
+        assert "relative_error nan is not" in result.stderr
+        assert result.exit_code == 1
 
 
 def test_a_report_is_kept_when_a_limit_is_of_nothing(
