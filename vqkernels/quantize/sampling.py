@@ -25,6 +25,7 @@ from vqkernels.errors import TensorError
 from vqkernels.parts import code_grid, codebook_sets
 from vqkernels.quantize.layout import Vectors
 from vqkernels.quantize.prepare import prepare
+from vqkernels.quantize.target import Target
 from vqkernels.spec import CodebookSpec
 
 __all__ = ["Coverage", "CoverageWarning", "coverage", "hold_out", "over_layers", "sample"]
@@ -163,7 +164,7 @@ def over_layers(
     for number, (name, (n, k)) in enumerate(shapes.items()):
         matrix = weights[name].detach().cpu().float()
         each = None if importance is None else _broad(name, importance.get(name), n, k)
-        vectors = prepare(spec, matrix, each, None)[0].vectors(spec)
+        vectors = prepare(spec, Target(matrix, each), seed=seed)[0].vectors(spec)
         some = _sampled(vectors, spec, n, k, shares[number], (seed, number))
         reached.append(_reached(vectors, some, spec, n, k))
         moved = torch.where(some.cells < 0, some.cells, some.cells + before)
