@@ -205,7 +205,7 @@ def test_a_calibration_says_what_errors_weigh(model: Path, tmp_path: Path) -> No
     (weighted,) = report(tmp_path, *arguments, "--weighted", "--set", "beam=3")["candidates"]
     assert (weighted["origin"]["weighted"], weighted["origin"]["recipe"]) == (True, {"beam": 3})
     better = weighted["layers"][1]["measures"]
-    assert better["weighted_error"] < 0.5 * query["measures"]["weighted_error"]
+    assert better["weighted_error"] < 0.7 * query["measures"]["weighted_error"]
     assert better["relative_error"] > query["measures"]["relative_error"]
 
 
