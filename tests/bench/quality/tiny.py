@@ -163,3 +163,18 @@ def _words_tokenizer() -> transformers.PreTrainedTokenizerFast:
         cls_token="[CLS]",
         sep_token="[SEP]",
     )
+
+
+def taught(folder: Path, steps: int = 60) -> Path:
+    """Teach the causal language model in `folder` to say TEXT, so that damage can be heard."""
+    torch.manual_seed(4)
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    ids = torch.tensor([tokenizer(TEXT)["input_ids"]])
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.02)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        model(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+    model.save_pretrained(folder)
+    return folder
