@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import json
-import math
 from pathlib import Path
 
 import numpy as np
@@ -130,9 +129,14 @@ def test_our_kernels_say_what_the_decode_says(folder: Path, text: Path, canaries
 
 
 def test_a_difference_is_of_pairs(folder: Path, text: Path, canaries: Path) -> None:
-    report = perplexity.compare(folder, damaged(folder), text, window=24, canaries=canaries)
-    apart = math.hypot(report.dense.error, report.quantised.error)
-    assert report.difference.error != pytest.approx(apart, rel=0.01)
+    rounded = {
+        name: tiny.exact(one.bfloat16().float())
+        for name, one in tiny.weights(folder).items()
+        if name in tiny.linears(folder)
+    }
+    report = perplexity.compare(folder, rounded, text, window=24, canaries=canaries)
+    # what is hard to foretell is hard for both
+    assert 0 < report.difference.error < 0.1 * report.dense.error
 
 
 def test_standard_error_is_that_of_a_ratio() -> None:
