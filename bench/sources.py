@@ -18,7 +18,8 @@ from vqkernels.container.origin import Made
 from vqkernels.dense import DENSE_FILE, open_dense
 from vqkernels.errors import ContainerError
 from vqkernels.formats import Checkpoint, CheckpointSource
-from vqkernels.formats.checkpoint import CONFIG, read_json
+from vqkernels.formats.checkpoint import CONFIG
+from vqkernels.formats.tensor_files import read_json
 from vqkernels.parallel import ParallelSource
 from vqkernels.source import Outline, TensorSource
 from vqkernels.spec import CodebookSpec

@@ -40,22 +40,45 @@ _HINTS = {
 
 
 @contextlib.contextmanager
-def locked(path: Path) -> Iterator[None]:
+def locked(path: Path, *, wait: bool = True) -> Iterator[None]:
     """Hold off others who would lock the folder of `path`, while `path` is read and written anew.
 
-    The folder, since `path` itself is replaced. Raises ContainerError where there is none.
+    The folder, since `path` itself is replaced. Raises ContainerError where there is none and,
+    unless it is to `wait`, where another process has the lock.
     """
     try:
-        folder = os.open(path.parent, os.O_RDONLY)
+        while (folder := _lock(path.parent, wait)) is None:
+            pass
+    except BlockingIOError as error:
+        raise ContainerError(
+            f"{path}: another process is writing it; wait until it has ended, or end it"
+        ) from error
     except OSError as error:
         hint = _HINTS.get(error.errno or 0, "choose another folder")
         raise ContainerError(f"{path}: can't be locked: {error.strerror}; {hint}") from error
     try:
-        with contextlib.suppress(OSError):  # a network's file system that locks no folders
-            fcntl.flock(folder, fcntl.LOCK_EX)
         yield
     finally:
         os.close(folder)  # gives the lock back
+
+
+def _lock(path: Path, wait: bool) -> int | None:
+    """The open folder, locked; None where the one who had the lock has removed the folder."""
+    folder = os.open(path, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(folder, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            raise
+        except OSError:
+            pass  # a network's file system that locks no folders
+        if os.path.samestat(os.fstat(folder), path.stat()):
+            return folder
+    except BaseException:
+        os.close(folder)
+        raise
+    os.close(folder)
+    return None
 
 
 def write_atomically(path: Path, pieces: Sequence[bytes | memoryview]) -> None:

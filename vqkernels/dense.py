@@ -12,7 +12,7 @@ from torch import Tensor
 from vqkernels.container import open_container
 from vqkernels.errors import ContainerError
 from vqkernels.formats import CheckpointSource, open_source
-from vqkernels.formats.checkpoint import INDEX, opened
+from vqkernels.formats.tensor_files import INDEX, opened
 
 __all__ = ["DENSE_CHECKSUM", "DENSE_FILE", "DenseFile", "open_dense"]
 

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import click
-import torch
 
 from bench.format_text import changed_fields, told
 from bench.tables import render
@@ -15,8 +14,9 @@ from vqkernels import container
 from vqkernels.container import Container, ContainerInfo, TensorInfo
 from vqkernels.container.stored import code_bytes, packed_bytes
 from vqkernels.parallel import MAPPING, ParallelSource, open_parallel
+from vqkernels.quality import usage
 from vqkernels.spec import CodebookSpec
-from vqkernels.tensor import QuantizedTensor, set_index
+from vqkernels.tensor import QuantizedTensor
 
 __all__ = ["command"]
 
@@ -74,8 +74,7 @@ def command(file: Path, verify: bool, output: str) -> None:
     if verify:
         for row in rows:
             # one at a time: a model's codes, unpacked, need not fit in memory together
-            found = source.verify(row["tensor"])
-            row |= {"verified": True, "stages": [_usage(found, s) for s in _stages(found.spec)]}
+            row |= {"verified": True, "stages": _usage(source.verify(row["tensor"]))}
     if output == "json":
         click.echo(json.dumps({"file": str(file), **_head(info), "tensors": rows}, indent=2))
         return
@@ -175,26 +174,14 @@ def _stages(spec: CodebookSpec) -> range:
     return range(len(spec.stages))
 
 
-def _usage(tensor: QuantizedTensor, stage: int) -> Row:
-    """Entries of a stage that some vector uses, over all its codebooks, and its codes' entropy.
-
-    entropy_bits: Shannon's, a code: of each codebook, weighted by its number of vectors.
-    """
-    entries = tensor.spec.stages[stage]
-    books = set_index(tensor.spec, tensor.n, tensor.k)
-    number = (books * entries + tensor.parts["codes"][..., stage].long()).flatten()
-    counts = torch.bincount(number).double()
-    counts = torch.nn.functional.pad(counts, (0, -len(counts) % entries)).reshape(-1, entries)
-    sizes = counts.sum(dim=1, keepdim=True)
-    shares = counts / sizes.clamp(min=1)
-    # an unused entry has a share of 0, and 0 log 0 = 0
-    entropy = -(counts * shares.where(counts > 0, 1).log2()).sum() / sizes.sum()
-    return {
-        "used_entries": int((counts > 0).sum()),
-        "entries": tensor.parts[f"codebook_{stage}"].shape[:3].numel(),
-        "entropy_bits": abs(float(entropy)),
-        "code_bits": tensor.spec.code_bits[stage],
-    }
+def _usage(tensor: QuantizedTensor) -> list[Row]:
+    """Entries of each stage that some vector uses, over all its codebooks, and its entropy."""
+    names = ("used_entries", "entries", "entropy_bits", "code_bits")
+    return [
+        dict(zip(names, (one.used, one.entries, one.entropy_bits, one.code_bits), strict=True))
+        for one in usage(tensor)
+        if one.stage != "outliers"
+    ]
 
 
 def _shown(row: Row) -> Row:

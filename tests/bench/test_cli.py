@@ -21,6 +21,7 @@ COMMANDS = [
     "inspect",
     "list",
     "predict",
+    "quality",
     "quantize",
     "run",
 ]

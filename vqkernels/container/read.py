@@ -21,6 +21,7 @@ from vqkernels.container.codes import check_usage, restore_codes
 from vqkernels.container.headers import AGAIN, StoredTensor, checked_header
 from vqkernels.container.manifest import ContainerInfo, TensorInfo, located
 from vqkernels.container.mapped import MappedFile
+from vqkernels.container.write import Prepared
 from vqkernels.errors import ContainerError
 from vqkernels.tensor import QuantizedTensor
 
@@ -69,6 +70,22 @@ class FileContainer(Container):
                 if (part := f"usage_{s}") in info.checksums
             }
         return {stage: counts.long() for stage, counts in found.items()}
+
+    def mapped(self, name: str) -> Prepared:
+        """Matrix `name` as it lies in the file, to be written into another: nothing is read here.
+
+        Its parts are mapped, and end the process that reads them if the file is cut meanwhile: so
+        this is for files that nobody else writes to.
+        """
+        info, size = self._outlines[name], len(self._file)
+        content = torch.from_file(str(self.path), shared=False, size=size, dtype=torch.uint8)
+        parts = {}
+        for part in info.part_bytes:
+            stored = self._stored[f"{name}/{part}"]
+            start = stored.place.offset
+            value = content[start : start + stored.place.nbytes]
+            parts[part] = value.view(stored.dtype).reshape(stored.shape)
+        return Prepared(info, parts)
 
     def _parts(self, info: TensorInfo) -> dict[str, Tensor]:
         return {part: self._part(info, part) for part in info.part_bytes}

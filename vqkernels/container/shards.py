@@ -14,7 +14,7 @@ import hashlib
 import json
 import os
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +41,14 @@ from vqkernels.container.write import Prepared, prepare_all, serialise
 from vqkernels.errors import ContainerError
 from vqkernels.tensor import QuantizedTensor
 
-__all__ = ["TEMPORARY", "ShardWriter", "ShardedContainer", "open_shards", "save_shards"]
+__all__ = [
+    "TEMPORARY",
+    "ShardWriter",
+    "ShardedContainer",
+    "open_shards",
+    "save_shards",
+    "write_shards",
+]
 
 # Stands in a draft's label, with MAX_SHARDS for the count: both are known at the end only.
 _NO_SET = "0" * 64
@@ -69,9 +76,20 @@ def save_shards(
     called as shards that are of no set are removed. Other options and errors as for `save`.
     """
     folder = Path(folder)
+    matrices = prepare_all(folder, tensors, made=made, usage=usage, codes=codes)
+    write_shards(folder, matrices, shard_bytes=shard_bytes, provenance=provenance)
+
+
+def write_shards(
+    folder: Path,
+    matrices: Iterable[Prepared],
+    *,
+    shard_bytes: int,
+    provenance: Mapping[str, str] | None,
+) -> None:
+    """Write `matrices`, each taken when its turn comes, as `save_shards` does."""
     if shard_bytes < 1:
         raise ContainerError(f"{folder}: shards of {shard_bytes} bytes; use 1 or more")
-    matrices = prepare_all(folder, tensors, made=made, usage=usage, codes=codes)
     with made_folder(folder), locked(folder / INDEX), _swept(folder):
         writer = ShardWriter(folder, provenance)
         for matrix in matrices:

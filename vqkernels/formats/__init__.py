@@ -9,14 +9,15 @@ from vqkernels.container import open_container
 from vqkernels.errors import ContainerError
 from vqkernels.formats import plain
 from vqkernels.formats.aqlm import AqlmSource
-from vqkernels.formats.checkpoint import CONFIG, INDEX, Checkpoint, CheckpointSource, read_json
+from vqkernels.formats.checkpoint import CONFIG, Checkpoint, CheckpointSource
 from vqkernels.formats.npz import NpzSource
 from vqkernels.formats.plain import PlainSource
+from vqkernels.formats.tensor_files import INDEX, TensorFiles, read_json
 from vqkernels.formats.vptq import VptqSource
 from vqkernels.parallel import MAPPING, open_parallel
 from vqkernels.source import TensorSource
 
-__all__ = ["Checkpoint", "CheckpointSource", "open_checkpoint", "open_source"]
+__all__ = ["Checkpoint", "CheckpointSource", "TensorFiles", "open_checkpoint", "open_source"]
 
 _BY_METHOD: dict[str, type[AqlmSource] | type[VptqSource]] = {
     "aqlm": AqlmSource,

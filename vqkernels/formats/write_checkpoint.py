@@ -21,7 +21,8 @@ from torch import Tensor
 from vqkernels.atomic import staged
 from vqkernels.container.checksums import raw_bytes
 from vqkernels.errors import ContainerError
-from vqkernels.formats.checkpoint import CONFIG, DTYPES, INDEX, WEIGHTS
+from vqkernels.formats.checkpoint import CONFIG
+from vqkernels.formats.tensor_files import DTYPES, INDEX, WEIGHTS
 
 __all__ = [
     "SHARD_BYTES",

@@ -10,7 +10,7 @@ from vqkernels.errors import SpecError
 
 __all__ = ["Recipe"]
 
-Clustering = Literal["lloyd", "minibatch", "medians", "medoids", "ema", "ste"]
+Clustering = Literal["lloyd", "minibatch", "medians", "medoids", "ema", "gradient"]
 Init = Literal["kmeans++", "random"]
 Scaling = Literal["rms", "std", "l2", "max"]
 Rotation = Literal["auto", "learned", "hadamard", "random", "whitening"]
@@ -23,12 +23,20 @@ class Recipe:
 
     iterations: of each clustering.
     clustering: what finds a codebook: `lloyd`, `minibatch` (`batch` vectors a step), `medians`
-        (L1), `medoids` (entries are vectors of the weight), or by gradient: `ema`, `ste`.
+        (L1), `medoids` (entries are vectors of the weight), or as in VQ-VAE, `batch` vectors a
+        step: `ema` (moving averages), `gradient` (Adam).
     init: of the first entries: `kmeans++`, or `random` vectors of the weight.
-    batch: vectors of a step, for `minibatch`, `ema` and `ste`.
+    batch: vectors of a step, for `minibatch`, `ema` and `gradient`.
+    decay: of `ema`'s averages at each step.
+    expiry: `ema` and `gradient` put an entry on another vector where its use falls below this share
+        of the mean; 0: never.
+    rate: of learning, for `gradient` and `tune`, over the root mean square of what is learned.
     sample: vectors that a codebook is trained on at most, drawn anew from the seed; 0: all.
     beam: candidates that are kept for each vector from stage to stage; 1: greedy.
     refits: rounds in which all stages' codebooks are solved for together and codes found anew.
+    tune: steps in which codebooks and codes are learned together by straight-through gradients of
+        the error that counts, after all else; 0: none.
+    commitment: how strongly `tune` draws what is coded to its code.
     norm_limit: of an entry, over the root mean square norm of the vectors; 0: none.
     merge: entries nearer than so many times the root mean square norm become one, and the freed
         one splits the heaviest cluster; 0: only unused entries do.
@@ -49,9 +57,14 @@ class Recipe:
     clustering: Clustering = "lloyd"
     init: Init = "kmeans++"
     batch: int = 4096
+    decay: float = 0.99
+    expiry: float = 0.01
+    rate: float = 0.05
     sample: int = 0
     beam: int = 8
     refits: int = 8
+    tune: int = 0
+    commitment: float = 0.25
     norm_limit: float = 0.0
     merge: float = 0.0
     clip: float = 0.0
@@ -68,6 +81,8 @@ class Recipe:
         for name in ("iterations", "batch", "beam"):
             if getattr(self, name) < 1:
                 raise SpecError(f"recipe: {name} must be at least 1")
+        if self.decay >= 1:
+            raise SpecError(f"recipe: decay {self.decay} never learns; use less than 1")
         if self.clip >= 50:
             raise SpecError(f"recipe: clip {self.clip} limits everything; use less than 50 percent")
 

@@ -66,11 +66,11 @@ def found(kind: str, folder: Path, sets: dict[str, dict[str, QuantizedTensor]]) 
 class Counter:
     """Counts the lines of the writers that are run, and kills the process at one of them."""
 
-    def __init__(self, kill_at: int = -1) -> None:
-        self.lines, self._kill_at = 0, kill_at
+    def __init__(self, kill_at: int = -1, files: tuple[str, ...] = WRITERS) -> None:
+        self.lines, self._kill_at, self._files = 0, kill_at, files
 
     def __call__(self, frame: FrameType, event: str, _: Any) -> Any:
-        if not frame.f_code.co_filename.endswith(WRITERS):
+        if not frame.f_code.co_filename.endswith(self._files):
             return None
         if event == "line":
             if self.lines == self._kill_at:

@@ -10,7 +10,9 @@ from hypothesis import strategies as st
 from vqkernels.errors import TensorError
 from vqkernels.quantize.kmeans import assign, kmeans, point_errors
 
-MODULE = sys.modules["vqkernels.quantize.kmeans"]
+BLOCKS = sys.modules["vqkernels.quantize.kmeans.block"]
+GIVEN = sys.modules["vqkernels.quantize.kmeans.given"]
+SEEDING = sys.modules["vqkernels.quantize.kmeans.seeding"]
 
 
 def normal(*shape, seed=0):
@@ -65,14 +67,14 @@ def test_assignment_is_the_nearest_in_float64():
 
 
 def test_assignment_over_several_tiles_of_entries():
-    points, centroids = normal(300, 8), normal(2 * MODULE.TILE_ENTRIES + 77, 8, seed=1)
+    points, centroids = normal(300, 8), normal(2 * BLOCKS.TILE_ENTRIES + 77, 8, seed=1)
     codes = assign(points, centroids)
     assert torch.equal(codes, errors_to_all(points, centroids).argmin(1))
-    assert {int(code) // MODULE.TILE_ENTRIES for code in codes} == {0, 1, 2}
+    assert {int(code) // BLOCKS.TILE_ENTRIES for code in codes} == {0, 1, 2}
 
 
 def test_equal_centroids_give_the_lowest_code():
-    centroids = normal(1, 4).expand(2 * MODULE.TILE_ENTRIES, 4)
+    centroids = normal(1, 4).expand(2 * BLOCKS.TILE_ENTRIES, 4)
     assert assign(normal(50, 4, seed=1), centroids).max() == 0
 
 
@@ -170,7 +172,9 @@ def test_fewer_distinct_points_than_entries_are_all_met():
 def test_unused_codes_are_put_to_use(monkeypatch):
     # all first centroids on one point: only re-seeding can part them
     monkeypatch.setattr(
-        MODULE, "_seeds", lambda block, entries, draws: block.points[:, :1].repeat(1, entries, 1)
+        SEEDING,
+        "plus_plus",
+        lambda block, entries, draws: block.points[:, :1].repeat(1, entries, 1),
     )
     points = torch.cat([normal(100, 2) / 100 + 10 * torch.tensor([i, j])
                         for i in range(4) for j in range(4)])  # fmt: skip
@@ -182,7 +186,9 @@ def test_unused_codes_are_put_to_use(monkeypatch):
 
 def test_unused_codes_go_to_the_sets_that_have_them(monkeypatch):
     monkeypatch.setattr(
-        MODULE, "_seeds", lambda block, entries, draws: block.points[:, :1].repeat(1, entries, 1)
+        SEEDING,
+        "plus_plus",
+        lambda block, entries, draws: block.points[:, :1].repeat(1, entries, 1),
     )
     corners = torch.tensor([[0.0, 0], [0, 9], [9, 0], [9, 9]])
     points = torch.stack([corners.repeat(25, 1), corners.repeat(25, 1) * 2 + 40])
@@ -193,7 +199,9 @@ def test_unused_codes_go_to_the_sets_that_have_them(monkeypatch):
 
 def test_an_unused_code_goes_to_the_farthest_point(monkeypatch):
     monkeypatch.setattr(
-        MODULE, "_seeds", lambda block, entries, draws: block.points[:, :1].repeat(1, entries, 1)
+        SEEDING,
+        "plus_plus",
+        lambda block, entries, draws: block.points[:, :1].repeat(1, entries, 1),
     )
     points = torch.tensor([[0.0], [1.0], [2.0], [30.0], [3.0]])
     # one iteration: all on code 0, then the unused code 1 moves
@@ -218,7 +226,7 @@ def test_as_many_entries_as_points():
 def test_several_draws_a_round(monkeypatch):
     points = normal(4000, 4)
     exact = kmeans(points, 256).distortion
-    monkeypatch.setattr(MODULE, "ROUNDS", 16)
+    monkeypatch.setattr(SEEDING, "ROUNDS", 16)
     found = kmeans(points, 256)
     assert len(found.codes.unique()) == 256
     assert found.distortion <= 1.03 * exact
@@ -268,7 +276,7 @@ def test_the_number_of_threads_changes_no_bit(threads, weights):
 
 @pytest.mark.parametrize("block", [1, 1 << 16])
 def test_many_sets_at_once(monkeypatch, block):
-    monkeypatch.setattr(MODULE, "BLOCK", block)
+    monkeypatch.setattr(GIVEN, "BLOCK", block)
     points = normal(9, 300, 4) * torch.logspace(-6, 6, 9)[:, None, None]
     found = kmeans(points, 16)
     assert found.centroids.shape == (9, 16, 4)
