@@ -9,20 +9,17 @@ from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from bench.quality.loading import decoded, dense_config
 from vqkernels.atomic import explained
-from vqkernels.errors import ContainerError, TensorError
-from vqkernels.formats.checkpoint import DTYPES, opened
+from vqkernels.errors import TensorError
+from vqkernels.formats import TensorFiles
 from vqkernels.formats.write_checkpoint import Group, write_file
 from vqkernels.source import outline_of
 from vqkernels.tensor import QuantizedTensor
 
 __all__ = ["decoded_folder"]
-
-_SAFE = ".safetensors"
 
 # Weights in other forms, which would still be the dense ones.
 _OTHER_WEIGHTS = frozenset(
@@ -40,81 +37,56 @@ def decoded_folder(folder: Path, quantised: Mapping[str, QuantizedTensor]) -> It
     a tensor whose name or shape is not the folder's.
     """
     dense_config(folder)
-    files = sorted(path for path in folder.glob(f"*{_SAFE}") if path.is_file())
-    shapes = {key: shape for path in files for key, shape in _shapes(path).items()}
-    if not shapes:
-        raise ContainerError(f"{folder}: holds no {_SAFE} file; give the dense model's folder")
-    names = _names(folder, quantised, shapes)
+    tensors = TensorFiles(folder)
+    names = _names(tensors, quantised)
     with tempfile.TemporaryDirectory(prefix="vqbench-", ignore_cleanup_errors=True) as top:
         copy = Path(top) / folder.resolve().name
-        with explained(copy, need=sum(path.stat().st_size for path in files)):
+        with explained(copy, need=sum(file.stat().st_size for file in tensors.files)):
             shutil.copytree(folder, copy, ignore=partial(_left_out, folder))
-            for path in files:
-                write_file(copy / path.name, _groups(path, quantised, names))
+            for file in tensors.files:
+                keys = [key for key in tensors.keys() if tensors.file(key) == file]  # noqa: SIM118  # no dict
+                groups = [_group(tensors, key, quantised, names.get(key)) for key in keys]
+                write_file(copy / file.name, groups)
         yield copy
 
 
 def _left_out(top: Path, folder: str, found: list[str]) -> set[str]:
     """What isn't copied: the weights, which are written anew, and what is hidden."""
     # a part's own weights, in a folder below, are not what was quantised
-    skipped = _OTHER_WEIGHTS | ({_SAFE} if Path(folder) == top else set())
+    skipped = _OTHER_WEIGHTS | ({".safetensors"} if Path(folder) == top else set())
     return {name for name in found if Path(name).suffix in skipped or name.startswith(".")}
 
 
-def _shapes(path: Path) -> dict[str, list[int]]:
-    with opened(path) as file:
-        return {key: list(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118  # no dict
-
-
-def _names(
-    folder: Path, quantised: Mapping[str, QuantizedTensor], shapes: Mapping[str, list[int]]
-) -> dict[str, str]:
-    """Quantised tensor by the key in the folder's files; shapes are checked."""
+def _names(tensors: TensorFiles, quantised: Mapping[str, QuantizedTensor]) -> dict[str, str]:
+    """Quantised tensor by the key in the folder's files; shapes and dtypes are checked."""
     names: dict[str, str] = {}
     for name in quantised:
-        key = next((key for key in (name, f"{name}.weight") if key in shapes), None)
+        key = next((key for key in (name, f"{name}.weight") if key in tensors), None)
         if key is None:
             raise TensorError(
-                f"{folder}: holds no tensor {name!r}; give the folder of the model that was "
+                f"{tensors.path}: holds no tensor {name!r}; give the folder of the model that was "
                 f"quantised"
             )
-        outline = outline_of(quantised, name)
-        if [outline.n, outline.k] != shapes[key]:
+        outline, shape = outline_of(quantised, name), list(tensors.shape(key))
+        if [outline.n, outline.k] != shape or not tensors.dtype(key).is_floating_point:
             raise TensorError(
-                f"{folder}: tensor {name!r} is [{outline.n}, {outline.k}], but the folder's is "
-                f"{shapes[key]}; it was made for another model"
+                f"{tensors.path}: tensor {name!r} is [{outline.n}, {outline.k}], but the folder's "
+                f"is {shape} of {tensors.dtype_name(key)}; it was made for another model"
             )
         names[key] = name
     return names
 
 
-def _groups(
-    path: Path, quantised: Mapping[str, QuantizedTensor], names: Mapping[str, str]
-) -> list[Group]:
-    """The tensors of the new file, each made when it is written."""
-    groups = []
-    with opened(path) as file:
-        for key in file.keys():  # noqa: SIM118  # no dict
-            part = file.get_slice(key)
-            dtype = DTYPES.get(part.get_dtype())
-            if dtype is None or (key in names and not dtype.is_floating_point):
-                raise ContainerError(
-                    f"{path}: tensor {key!r} is of dtype {part.get_dtype()}, which can't be copied "
-                    f"with other values; give the dense model's folder"
-                )
-            make = partial(_value, path, key, quantised, names.get(key), dtype)
-            groups.append(Group({key: (tuple(part.get_shape()), dtype)}, make))
-    return groups
-
-
-def _value(
-    path: Path,
+def _group(
+    tensors: TensorFiles,
     key: str,
     quantised: Mapping[str, QuantizedTensor],
     name: str | None,
-    dtype: torch.dtype,
-) -> dict[str, Tensor]:
-    if name is not None:
-        return {key: decoded(quantised[name], dtype)}
-    with opened(path) as file:
-        return {key: file.get_tensor(key).clone()}
+) -> Group:
+    """One tensor of the new file, made when it is written: dense where `name` is None."""
+    dtype = tensors.dtype(key)
+
+    def make() -> dict[str, Tensor]:
+        return {key: tensors.read(key) if name is None else decoded(quantised[name], dtype)}
+
+    return Group({key: (tensors.shape(key), dtype)}, make)
