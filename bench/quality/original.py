@@ -11,7 +11,7 @@ from torch import Tensor
 from bench.weights import weights_file
 from bench.workload import load_workload
 from vqkernels.errors import ContainerError
-from vqkernels.formats.checkpoint import _entries, _headers, opened
+from vqkernels.formats import TensorFiles
 
 __all__ = ["MINILM", "Original", "counterpart", "linear_weights", "original_of"]
 
@@ -33,43 +33,37 @@ class Original(Mapping[str, Tensor]):
     """
 
     def __init__(self, path: Path) -> None:
-        self.path = path
-        if not path.exists():
-            raise ContainerError(
-                f"{path}: there is no such file; give a .safetensors file, a model's folder, or "
-                f"{MINILM!r}"
-            )
-        self._entries = {
-            name: entry
-            for name, entry in (_entries(path) if path.is_dir() else _headers(path)).items()
-            if len(entry.shape) == 2 and entry.dtype in _DTYPES
-        }
-        if not self._entries:
+        self.path, self._tensors = path, TensorFiles(path)
+        self._names = dict.fromkeys(
+            name
+            for name in self._tensors.keys()  # noqa: SIM118  # not a dict
+            if len(self._tensors.shape(name)) == 2 and self._tensors.dtype_name(name) in _DTYPES
+        )
+        if not self._names:
             raise ContainerError(f"{path}: holds no floating-point matrix; give a dense model")
 
     def __getitem__(self, name: str) -> Tensor:
-        with opened(self._entries[name].file) as file:
-            # a copy: pages of a mapping count as memory until the file is closed
-            weight: Tensor = file.get_tensor(name).clone()
-        return weight
+        if name not in self:
+            raise KeyError(name)
+        return self._tensors.read(name)
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._entries)
+        return iter(self._names)
 
     def __len__(self) -> int:
-        return len(self._entries)
+        return len(self._names)
 
     def __contains__(self, name: object) -> bool:
-        return name in self._entries
+        return name in self._names
 
     def shape(self, name: str) -> tuple[int, ...]:
         """The shape of matrix `name`, from its header."""
-        return self._entries[name].shape
+        return self._tensors.shape(name)
 
     @property
     def files(self) -> list[Path]:
         """The files that the matrices lie in."""
-        return sorted({entry.file for entry in self._entries.values()})
+        return sorted({self._tensors.file(name) for name in self})
 
 
 def original_of(name: str) -> Original:

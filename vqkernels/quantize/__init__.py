@@ -65,8 +65,8 @@ def quantize(
     recipe: how codes and codebooks are found.
     bias: `[n]`, stored beside the weight as it is.
     codebooks: entries of each stage, `[sets, subspaces, entries, vector_size]`, which are rounded
-        to `codebook_dtype`; codes, scales and sides alone are found. For codebooks that several
-        layers share.
+        to `codebook_dtype` (a stage's coefficient isn't in them); codes, scales and sides alone are
+        found. For codebooks that several layers share.
 
     Raises TensorError for a weight that is no finite matrix and for what doesn't go with it,
     UnsupportedError where the layer can't hold the format.
@@ -88,7 +88,7 @@ def quantize(
         books, codes = _fit(target, spec, recipe, part_table(spec, n, k), seed)
     else:
         books = fixed.codebook_parts(codebooks, spec, n, k)
-        codes = fixed.find_codes(target, spec, books)
+        codes = fixed.find_codes(target, spec, books, recipe)
     found |= books
     found["codes"] = join(spec, n, k, target.vectors(spec).cells, codes)
     if bias is not None:
@@ -98,12 +98,17 @@ def quantize(
 
 
 def encode(
-    weight: Tensor, tensor: QuantizedTensor, *, weights: Tensor | None = None
+    weight: Tensor,
+    tensor: QuantizedTensor,
+    *,
+    weights: Tensor | None = None,
+    recipe: Recipe = _DEFAULT,
 ) -> QuantizedTensor:
     """`tensor` with the codes and side columns of `weight`; all else stays as it is.
 
     Codebooks, scales, zeros, permutation and rotation stay, the scales and zeros of uniform
-    columns too. Errors as for `quantize`; TensorError too where the shapes differ.
+    columns too. recipe: its beam is what several stages are searched with. Errors as for
+    `quantize`; TensorError too where the shapes differ.
     """
     given = _checked(weight, weights, None)
     tensor = tensor.to("cpu")
@@ -111,7 +116,7 @@ def encode(
     if tuple(given.matrix.shape) != (n, k):
         raise TensorError(f"weight: shape {list(given.matrix.shape)}, but the tensor is {n} x {k}")
     target, found = target_of(tensor, given)
-    codes = fixed.find_codes(target, spec, found)
+    codes = fixed.find_codes(target, spec, found, recipe)
     found["codes"] = join(spec, n, k, target.vectors(spec).cells, codes)
     return tensor.replace_parts(**found)
 
@@ -142,7 +147,7 @@ def _fit(
     found = {name: part.reshape(table[name].shape) for name, part in found.items()}
     if target.limited is None:
         return found, [stage.codes for stage in stages]
-    return found, fixed.find_codes(target, spec, found)
+    return found, fixed.find_codes(target, spec, found, recipe)
 
 
 def _method(spec: CodebookSpec) -> Method:

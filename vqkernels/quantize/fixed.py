@@ -9,8 +9,10 @@ from torch import Tensor
 
 from vqkernels.errors import TensorError
 from vqkernels.parts import part_table
+from vqkernels.quantize import beam
 from vqkernels.quantize.codebook import rounded
 from vqkernels.quantize.kmeans import assign
+from vqkernels.quantize.recipe import Recipe
 from vqkernels.quantize.target import Target
 from vqkernels.spec import CodebookSpec
 from vqkernels.tensor import scaled_codebook
@@ -49,12 +51,15 @@ def codebook_parts(
     return parts
 
 
-def find_codes(target: Target, spec: CodebookSpec, parts: Mapping[str, Tensor]) -> list[Tensor]:
+def find_codes(
+    target: Target, spec: CodebookSpec, parts: Mapping[str, Tensor], recipe: Recipe
+) -> list[Tensor]:
     """Codes `[books, count]` of each stage for the codebooks among `parts`."""
-    vectors, codes = target.vectors(spec), list[Tensor]()
-    for stage in range(len(spec.stages)):
-        book = scaled_codebook(spec, parts, stage, torch.float32).flatten(0, 1)
-        found = assign(vectors.points, book, weights=vectors.weights, distance=spec.distance)
-        codes.append(found)
-        vectors = vectors.minus(book[torch.arange(len(book))[:, None], found])
-    return codes
+    vectors = target.vectors(spec)
+    books = [
+        scaled_codebook(spec, parts, stage, torch.float32).flatten(0, 1)
+        for stage in range(len(spec.stages))
+    ]
+    if len(books) > 1:
+        return beam.encode(vectors.points, books, weights=vectors.weights, beam=recipe.beam)
+    return [assign(vectors.points, books[0], weights=vectors.weights, distance=spec.distance)]
