@@ -9,14 +9,15 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from vqkernels.errors import TensorError, UnsupportedError
+from vqkernels.errors import TensorError
 from vqkernels.parts import Part, check_fit, part_table
-from vqkernels.quantize import fixed, pq, rq, vq
+from vqkernels.quantize import additive, fixed, pq, rq, vptq, vq
 from vqkernels.quantize.codebook import Stage
 from vqkernels.quantize.layout import join
 from vqkernels.quantize.prepare import prepare, target_of
@@ -44,6 +45,9 @@ class Method(Protocol):
     def __call__(
         self, target: Target, spec: CodebookSpec, recipe: Recipe, *, seed: int
     ) -> list[Stage]: ...
+
+
+_METHODS = MappingProxyType[str, Method]({"additive": additive.fit, "vptq": vptq.fit})
 
 
 def quantize(
@@ -151,11 +155,9 @@ def _fit(
 
 
 def _method(spec: CodebookSpec) -> Method:
-    """What codes `spec`; UnsupportedError, naming the field, where nothing does yet."""
-    if any(factor != 1 for factor in spec.coefficients):
-        raise UnsupportedError(
-            f"quantize: coefficients = {spec.coefficients} are not implemented yet; leave them out"
-        )
+    """What codes `spec`: what its method names, or else what its shape asks for."""
+    if spec.method in _METHODS:
+        return _METHODS[spec.method]
     if spec.subspaces > 1:
         return pq.fit
     return rq.fit if len(spec.stages) > 1 else vq.fit

@@ -42,7 +42,7 @@ def codebook_parts(
         book = entries.detach().cpu().float()
         if not bool(torch.isfinite(book).all()):
             raise TensorError(f"codebooks: stage {stage} holds NaN or infinity; train it again")
-        values, scale = rounded(book.flatten(0, 1), spec.codebook_dtype)
+        values, scale = rounded(book.flatten(0, 1), spec.codebook_dtype, spec.coefficient(stage))
         parts[f"codebook_{stage}"] = values.reshape(part.shape)
         if scale is not None:
             scales.append(scale)
@@ -60,6 +60,11 @@ def find_codes(
         scaled_codebook(spec, parts, stage, torch.float32).flatten(0, 1)
         for stage in range(len(spec.stages))
     ]
-    if len(books) > 1:
+    if spec.distance == "l2":
         return beam.encode(vectors.points, books, weights=vectors.weights, beam=recipe.beam)
-    return [assign(vectors.points, books[0], weights=vectors.weights, distance=spec.distance)]
+    codes = list[Tensor]()
+    for book in books:
+        found = assign(vectors.points, book, weights=vectors.weights, distance=spec.distance)
+        codes.append(found)
+        vectors = vectors.minus(book[torch.arange(len(book))[:, None], found])
+    return codes

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from vqkernels.quantize.codebook import Stage, store, stored_entries
+from vqkernels.quantize.codebook import Stage, store
 from vqkernels.quantize.kmeans import assign, cluster
 from vqkernels.quantize.layout import Vectors
 from vqkernels.quantize.recipe import Recipe
@@ -34,9 +34,9 @@ def fit_stage(
         distance=spec.distance,
         seed=(seed, stage),
     )
-    stored = store(vectors, found.centroids, spec.codebook_dtype)
+    factor = spec.coefficient(stage)
+    stored = store(vectors, found.centroids, spec.codebook_dtype, coefficient=factor)
     if spec.distance == "l2":
         return stored
-    entries = stored_entries(stored.values, stored.scale)
-    codes = assign(vectors.points, entries, weights=vectors.weights, distance=spec.distance)
+    codes = assign(vectors.points, stored.entries, weights=vectors.weights, distance=spec.distance)
     return dataclasses.replace(stored, codes=codes)
