@@ -1,6 +1,5 @@
 """Any format that decode understands is found for any weight, and coding it again gives it back."""
 
-
 import pytest
 import torch
 from hypothesis import HealthCheck, given, reject, settings
