@@ -70,8 +70,8 @@ def quantize(
     recipe: how codes and codebooks are found.
     bias: `[n]`, stored beside the weight as it is.
     codebooks: entries of each stage, `[sets, subspaces, entries, vector_size]`, which are rounded
-        to `codebook_dtype`; codes, scales and sides alone are found. For codebooks that several
-        layers share.
+        to `codebook_dtype` (a stage's coefficient isn't in them); codes, scales and sides alone are
+        found. For codebooks that several layers share.
 
     Raises TensorError for a weight that is no finite matrix and for what doesn't go with it,
     UnsupportedError where the layer can't hold the format.
@@ -112,7 +112,8 @@ def encode(
     """`tensor` with the codes and side columns of `weight`; all else stays as it is.
 
     Codebooks, scales, zeros, permutation and rotation stay, the scales and zeros of uniform
-    columns too. Errors as for `quantize`; TensorError too where the shapes differ.
+    columns too. recipe: its beam is what several stages are searched with. Errors as for
+    `quantize`; TensorError too where the shapes differ.
     """
     given = _checked(weight, weights, None)
     tensor = tensor.to("cpu")
