@@ -14,8 +14,8 @@ from torch import Tensor
 
 from vqkernels.errors import TensorError, UnsupportedError
 from vqkernels.parts import check_fit, part_table
-from vqkernels.quantize import pq, rq, vq
-from vqkernels.quantize.codebook import Stage, code_stage
+from vqkernels.quantize import beam, pq, rq, vq
+from vqkernels.quantize.codebook import Stage
 from vqkernels.quantize.layout import join
 from vqkernels.quantize.prepare import prepare, target_of
 from vqkernels.quantize.recipe import Recipe
@@ -87,9 +87,15 @@ def quantize(
 
 
 def encode(
-    weight: Tensor, tensor: QuantizedTensor, *, weights: Tensor | None = None
+    weight: Tensor,
+    tensor: QuantizedTensor,
+    *,
+    weights: Tensor | None = None,
+    recipe: Recipe = _DEFAULT,
 ) -> QuantizedTensor:
-    """`tensor` with the codes of `weight`: codebooks and scales stay, each stage's code is nearest.
+    """`tensor` with the codes of `weight`: codebooks and scales stay.
+
+    recipe: its beam is what several stages are searched with.
 
     Errors as for `quantize`; TensorError too where the shapes differ.
     """
@@ -102,12 +108,12 @@ def encode(
         )
     _method(spec)
     vectors = target_of(spec, matrix, importance, None, dict(tensor.parts)).vectors(spec)
-    cells, codes = vectors.cells, []
-    for stage in range(len(spec.stages)):
-        book = scaled_codebook(spec, tensor.parts, stage, torch.float32).flatten(0, 1)
-        codes.append(code_stage(vectors, book))
-        vectors = vectors.minus(book[torch.arange(len(book))[:, None], codes[-1]])
-    return tensor.replace_parts(codes=join(spec, tensor.n, tensor.k, cells, codes))
+    books = [
+        scaled_codebook(spec, tensor.parts, stage, torch.float32).flatten(0, 1)
+        for stage in range(len(spec.stages))
+    ]
+    codes = beam.encode(vectors.points, books, weights=vectors.weights, beam=recipe.beam)
+    return tensor.replace_parts(codes=join(spec, tensor.n, tensor.k, vectors.cells, codes))
 
 
 def relative_error(weight: Tensor, tensor: QuantizedTensor) -> float:
