@@ -6,9 +6,10 @@ import re
 import tomllib
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any, get_type_hints
 
 from vqkernels.errors import SpecError
-from vqkernels.spec import CodebookSpec
+from vqkernels.spec import CodebookSpec, min_bits
 
 __all__ = ["PRESETS", "parse_format"]
 
@@ -80,19 +81,79 @@ def parse_format(text: str) -> CodebookSpec:
 
     Sized names: `vq-ENTRIESxLENGTH`, `pq-mSUBSPACES`, `rq-STAGESxENTRIESxLENGTH`,
     `aqlm-STAGESxBITS`, `aqlm-STAGESxBITS-gWIDTHxLENGTH` (vectors of WIDTH rows), and
-    `vptq-MAIN-RESIDUAL`. Raises SpecError for anything else.
+    `vptq-MAIN-RESIDUAL`. Fields of CodebookSpec may follow either name, as
+    `rq-2x256x8,scale_axis=row,permuted=true`; a list's numbers are joined by `+`. All of it but a
+    path is letters, digits and `-_.,=+`, so that it can be part of a file name.
+
+    Raises SpecError for anything else.
     """
-    if text in PRESETS:
-        return PRESETS[text]
-    for pattern, build in _GRAMMAR:
-        if match := re.fullmatch(pattern, text):
-            return build(*(int(group) for group in match.groups()))
     if text.endswith(".toml"):
         return _from_file(Path(text))
+    name, *settings = text.split(",")
+    spec = _named(name, text)
+    return _with_fields(spec, settings, text) if settings else spec
+
+
+def _named(name: str, text: str) -> CodebookSpec:
+    """The preset or the sized format called `name`, the start of `text`."""
+    if name in PRESETS:
+        return PRESETS[name]
+    for pattern, build in _GRAMMAR:
+        if match := re.fullmatch(pattern, name, re.ASCII):
+            return build(*(int(group) for group in match.groups()))
+    if name.endswith(".toml"):
+        raise SpecError(f"format {text!r}: fields of a .toml file are set in the file itself")
     raise SpecError(
         f"format {text!r} is unknown; use one of {', '.join(PRESETS)}, a sized name such as "
         f"vq-512x8 or rq-2x128x16, or the path of a .toml file with the fields of CodebookSpec"
     )
+
+
+def _with_fields(spec: CodebookSpec, settings: list[str], text: str) -> CodebookSpec:
+    """`spec` with fields as `settings`, `field=value` each, say; an error names the `text`."""
+    fields, hints = dict[str, Any](), get_type_hints(CodebookSpec)
+    for setting in settings:
+        name, equals, value = setting.partition("=")
+        if not equals or not value:
+            raise SpecError(
+                f"format {text!r}: {setting!r} sets no field; write name=value, such as "
+                f"scale_axis=row, without spaces"
+            )
+        if name in fields:
+            raise SpecError(f"format {text!r}: {name} is set twice; leave one out")
+        # an unknown field is the spec's to name
+        fields[name] = _value(value, hints.get(name)) if name in hints else value
+    before = spec.to_dict()
+    if spec.code_bits == tuple(min_bits(entries) for entries in spec.stages):
+        del before["code_bits"]  # they follow from the stages, which may be others now
+    try:
+        return CodebookSpec.from_dict(before | fields)
+    except SpecError as error:
+        raise SpecError(f"format {text!r}: {str(error).removeprefix('format: ')}") from error
+
+
+def _value(text: str, hint: object) -> object:
+    """`text` as a field of type `hint` has it; as it is where it can't be: the spec says why."""
+    if hint is bool:
+        return {"true": True, "false": False}.get(text, text)
+    if hint is int:
+        return _whole(text)
+    if hint == tuple[int, ...]:
+        return [_whole(part) for part in text.split("+")]
+    if hint == tuple[float, ...]:
+        return [_decimal(part) for part in text.split("+")]
+    return text
+
+
+# int() and float() take more: spaces, underscores, digits of other scripts, nan, any length.
+
+
+def _whole(text: str) -> object:
+    return int(text) if re.fullmatch(r"-?\d{1,18}", text, re.ASCII) else text
+
+
+def _decimal(text: str) -> object:
+    return float(text) if re.fullmatch(r"-?\d{1,18}(\.\d{1,18})?", text, re.ASCII) else text
 
 
 def _from_file(path: Path) -> CodebookSpec:

@@ -92,17 +92,9 @@ class QuantizedTensor:
 
     def side_weight(self, dtype: torch.dtype = torch.float64) -> Tensor:
         """Outlier and uniform columns `[n, side_columns]`, in stored order."""
-        parts, columns = self.parts, []
-        if "outliers" in parts:
-            columns.append(parts["outliers"].to(dtype))
-        if "outlier_codes" in parts:
-            vectors = parts["outlier_codebook"].to(dtype)[parts["outlier_codes"].long()]
-            columns.append(vectors.transpose(1, 2).reshape(-1, vectors.shape[1])[: self.n])
-        if "uniform_codes" in parts:
-            scale, zero = parts["uniform_scale"].to(dtype), parts["uniform_zero"].to(dtype)
-            columns.append(parts["uniform_codes"].to(dtype) * scale + zero)
-        empty = torch.zeros(self.n, 0, dtype=dtype, device=parts["codes"].device)
-        return torch.cat([empty, *columns], dim=1)
+        if self.spec.side_columns:
+            return decode_sides(self.n, self.parts, dtype)
+        return torch.zeros(self.n, 0, dtype=dtype, device=self.parts["codes"].device)
 
     def stored_weight(self, dtype: torch.dtype = torch.float64) -> Tensor:
         """`[side columns | main columns]` before rotation, permutation, scale and zero.
@@ -262,6 +254,20 @@ def decode_main(
         total = vectors if total is None else total + vectors
     assert total is not None, "a spec has a stage at least"
     return unblock(spec, total)[:n, : k - spec.side_columns]
+
+
+def decode_sides(n: int, parts: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
+    """Side columns `[n, side_columns]` from their parts, at least one column."""
+    columns = []
+    if "outliers" in parts:
+        columns.append(parts["outliers"].to(dtype))
+    if "outlier_codes" in parts:
+        vectors = parts["outlier_codebook"].to(dtype)[parts["outlier_codes"].long()]
+        columns.append(vectors.transpose(1, 2).reshape(-1, vectors.shape[1])[:n])
+    if "uniform_codes" in parts:
+        scale, zero = parts["uniform_scale"].to(dtype), parts["uniform_zero"].to(dtype)
+        columns.append(parts["uniform_codes"].to(dtype) * scale + zero)
+    return torch.cat(columns, dim=1)
 
 
 def random_tensor(

@@ -28,7 +28,7 @@ from bench.quality.layers import LayerQuality
 from bench.quality.measures import MEASURES, Values, total
 from vqkernels.atomic import write_atomically
 from vqkernels.errors import ContainerError
-from vqkernels.formats.checkpoint import read_json
+from vqkernels.formats.tensor_files import read_json
 
 __all__ = ["SCHEMA_VERSION", "Judged", "Report", "read_report", "write_report"]
 

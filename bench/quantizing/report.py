@@ -52,7 +52,7 @@ def _total(layers: Sequence[Layer]) -> Row:
     bits, spent = BitCount(), Spent(0.0, 0.0, 0.0)
     for layer in layers:
         bits, spent = bits + layer.info.bits, spent + layer.spent
-    return {"layer": "all", "shape": None, "status": "ok", **_numbers(bits, spent)}
+    return {"layer": "all", "status": "ok", **_numbers(bits, spent)}
 
 
 def _numbers(bits: BitCount, spent: Spent) -> Row:

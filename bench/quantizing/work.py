@@ -109,6 +109,9 @@ class WorkFolder:
             finally:
                 if not self.layers:
                     self._remove_files()
+                    # while it is ours: another process may have it later
+                    with contextlib.suppress(OSError):
+                        self.path.rmdir()
 
     def begin(self) -> None:
         """Write down which job it is, if that isn't there yet: what follows are its layers."""
@@ -198,13 +201,13 @@ class WorkFolder:
 
 @contextlib.contextmanager
 def _made(folder: Path) -> Iterator[None]:
-    """Make `folder` and what is above it; whatever of that is empty afterwards goes again."""
-    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    """Make `folder` and what is above it; what of that was made and is empty at last goes again."""
+    above = [path for path in folder.parents if not path.exists()]
     with explained(folder):
         folder.mkdir(parents=True, exist_ok=True)
     try:
         yield
     finally:
-        for path in dict.fromkeys([folder, *made]):
+        for path in above:
             with contextlib.suppress(OSError):
                 path.rmdir()

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import pickle
 import shutil
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +20,7 @@ from click.testing import CliRunner, Result
 from safetensors.torch import save_file
 
 from bench import cli
+from bench.commands import quantize as command
 from bench.quantizing import layers, output
 from vqkernels import container
 from vqkernels.presets import parse_format
@@ -186,6 +189,233 @@ def test_method_that_is_missing_is_a_refusal(model: Path, tmp_path: Path) -> Non
     result = run(model, tmp_path / "out", name=str(own))
     assert result.exit_code in (0, 1)  # 0 once rotations are found
     assert (result.exit_code == 1) == ("rotation_size = 8" in result.stderr)
+
+
+# ------------------------------------------------------------------------------------------------
+# folders and shards
+
+
+def shard(folder: Path, count: int = 3) -> Path:
+    """The tensors as a Hugging Face folder of shards."""
+    folder.mkdir()
+    places = {}
+    for number in range(count):
+        file = f"model-{number + 1:05}-of-{count:05}.safetensors"
+        part = dict(list(tensors().items())[number::count])
+        save_file(part, folder / file)
+        places |= dict.fromkeys(part, file)
+    index = {"metadata": {}, "weight_map": places}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    (folder / "config.json").write_text("{}")
+    return folder
+
+
+def test_folders_give_what_a_file_gives(model: Path, tmp_path: Path) -> None:
+    expected = run(model, tmp_path / "file", "--name", "m")
+    folder = shard(tmp_path / "sharded.v1.5")
+    whole = tmp_path / "whole"
+    whole.mkdir()
+    shutil.copy(model, whole / "anything.safetensors")
+    for source in (folder, whole):
+        result = run(source, tmp_path / "out" / source.name)
+        assert result.exit_code == 0, result.output
+        (path,) = (tmp_path / "out" / source.name).iterdir()
+        assert path.name == f"{source.name}.{FORMAT}.vq.safetensors"
+        info = container.describe(path)
+        assert info.provenance["source"] == source.name
+        assert [(tensor.name, tensor.checksums) for tensor in info.tensors] == [
+            (tensor.name, tensor.checksums)
+            for tensor in container.describe(tmp_path / "file" / "m.vq.safetensors").tensors
+        ]
+    assert expected.stderr.splitlines()[:-1] == result.stderr.splitlines()[:-1]
+
+
+def test_source_sha256_of_shards_is_that_of_sha256sum(model: Path, tmp_path: Path) -> None:
+    folder = shard(tmp_path / "sharded")
+    assert run(folder, tmp_path / "out").exit_code == 0
+    (path,) = (tmp_path / "out").iterdir()
+    sums = subprocess.run("sha256sum *.safetensors", shell=True, cwd=folder, capture_output=True)
+    assert container.describe(path).provenance["source_sha256"] == (
+        hashlib.sha256(sums.stdout).hexdigest()
+    )
+
+
+def test_writes_shards(model: Path, tmp_path: Path) -> None:
+    assert run(model, tmp_path / "one").exit_code == 0
+    result = run(model, tmp_path / "out", "--shard-size", "500B", "--bias")
+    assert result.exit_code == 0, result.output
+    (folder,) = (tmp_path / "out").iterdir()
+    assert folder.name == f"model.{FORMAT}.vq"
+    assert len(list(folder.glob("model-*.safetensors"))) == 2
+    assert f"wrote {folder} (" in result.stderr
+    one = container.load(next((tmp_path / "one").iterdir()))
+    for name, tensor in container.load(folder, decoded=True).items():
+        assert torch.equal(tensor.decode(), one[name].decode())
+    assert container.describe(folder).provenance["format"] == FORMAT
+
+
+def test_a_set_and_a_file_do_not_replace_each_other(model: Path, tmp_path: Path) -> None:
+    (tmp_path / f"model.{FORMAT}.vq").write_text("x")
+    message = str(run(model, tmp_path, "--shard-size", "1kB").exception)
+    assert "is a file already; choose another --name" in message
+    (tmp_path / f"model.{FORMAT}.vq.safetensors").mkdir()
+    assert "is a folder already" in str(run(model, tmp_path).exception)
+
+
+def test_a_workload_s_name_stands_for_its_weights(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(command, "weights_file", lambda workload: model)
+    assert run(Path("minilm"), tmp_path / "out").exit_code == 0
+    assert [path.name for path in (tmp_path / "out").iterdir()] == [
+        f"minilm.{FORMAT}.vq.safetensors"
+    ]
+    monkeypatch.undo()
+    assert "llama3-8b: is a workload of shapes alone" in str(
+        run(Path("llama3-8b"), tmp_path).exception
+    )
+
+
+@pytest.mark.parametrize(
+    ("spoil", "words"),
+    [
+        (
+            lambda folder: (folder / "model-00002-of-00003.safetensors").unlink(),
+            ["model-00002-of-00003.safetensors: is missing", "download it again"],
+        ),
+        (
+            lambda folder: save_file(tensors(), folder / "model-00002-of-00003.safetensors"),
+            ["model-00002-of-00003.safetensors: tensor", "is in model-00001-of-00003", "again"],
+        ),
+        (
+            lambda folder: save_file(tensors(), folder / "model.safetensors"),
+            ["holds both model.safetensors and", "remove"],
+        ),
+        (
+            lambda folder: (
+                [path.unlink() for path in folder.glob("model*")]
+                and torch.save({}, folder / "pytorch_model.bin")
+            ),
+            ["holds pickles (pytorch_model.bin)", "never loads"],
+        ),
+    ],
+    ids=["missing", "twice", "both", "pickle"],
+)
+def test_bad_folder(spoil: Callable[[Path], Any], words: list[str], tmp_path: Path) -> None:
+    folder = shard(tmp_path / "sharded")
+    spoil(folder)
+    message = str(run(folder, tmp_path / "out").exception)
+    assert message.startswith(str(folder))
+    assert "\n" not in message
+    assert all(word in message for word in words), message
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_name_given_twice_in_a_file(tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    save_file({"a.weight": torch.randn(16, 16), "b.weight": torch.randn(16, 16)}, path)
+    path.write_bytes(path.read_bytes().replace(b'"b.weight"', b'"a.weight"'))
+    message = str(run(path, tmp_path / "out").exception)
+    assert message.startswith(f"{path}: ")
+    assert "damaged" in message
+
+
+def test_a_model_that_changes_meanwhile(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def changing(*arguments: Any, **options: Any) -> Any:
+        os.utime(model, (1, 1))
+        return quantize(*arguments, **options)
+
+    monkeypatch.setattr(layers, "quantize", changing)
+    assert "was changed since it was opened" in str(run(model, tmp_path / "out").exception)
+
+
+# ------------------------------------------------------------------------------------------------
+# formats and recipes
+
+
+def test_layers_of_other_formats(model: Path, tmp_path: Path) -> None:
+    result = run(
+        model,
+        tmp_path,
+        *("--layer-format", "*.weight=vq-16x8", "--layer-format", "*query*=vq-32x4"),
+        "--name=mixed",
+    )
+    assert result.exit_code == 0, result.output
+    path = tmp_path / "mixed.vq.safetensors"
+    source = container.open_container(path)
+    assert source.outline("0.query.weight").spec == parse_format("vq-32x4")
+    assert source.outline("0.output.weight").spec == parse_format("vq-16x8")
+    assert source.outline("0.output.weight").made["method"] == "vq"
+    origin = source.info.provenance
+    assert origin["format"] == f"{FORMAT} *.weight=vq-16x8 *query*=vq-32x4"
+    assert origin["method"] == "vq"
+    mixed = run(model, tmp_path, "--layer-format", "*query*=vq-32x4")
+    assert mixed.exit_code == 0
+    path = tmp_path / f"model.{FORMAT}.vq.safetensors"
+    assert "method" not in container.describe(path).provenance
+
+
+def test_recipe_of_file_and_options(model: Path, tmp_path: Path) -> None:
+    file = tmp_path / "recipe.toml"
+    file.write_text("iterations = 9\nbeam = 3\npropagate = false\n", encoding="utf-8")
+    arguments = ["--recipe", str(file), "--set", "beam=2", "--set", "init=random"]
+    assert run(model, tmp_path, *arguments, "--iterations", "4", "--name=m").exit_code == 0
+    source = container.open_container(tmp_path / "m.vq.safetensors")
+    told = {"iterations": 4, "beam": 2, "init": "random", "propagate": "false"}
+    assert source.outline("0.query.weight").made.items() >= told.items()
+    assert source.info.provenance["recipe"] == "init=random, beam=2, propagate=false"
+    assert source.info.provenance["iterations"] == "4"
+    recipe = Recipe(iterations=4, beam=2, init="random", propagate=False)
+    weight = tensors()["0.query.weight"]
+    expected = quantize(weight, parse_format(FORMAT), recipe=recipe).decode()
+    assert torch.equal(source["0.query.weight"].decode(), expected)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--set", "beam"], "write NAME=VALUE"),
+        (["--set", "beem=4"], "unknown field 'beem'"),
+        (["--set", "beam=many"], "beam must be a whole number, not 'many'"),
+        (["--set", "beam=2.5"], "beam must be a whole number, not 2.5"),
+        (["--set", "propagate=1"], "propagate must be true or false, not 1"),
+        (["--set", "clip=inf"], "clip must be a finite number"),
+        (["--set", "clip=60"], "clip 60 limits everything"),
+        (["--recipe", "absent.toml"], "recipe file absent.toml: "),
+        (["--layer-format", "*x*"], "format '' is unknown"),
+        (["--layer-format", "*x*=vq-16x4"], "--layer-format '*x*' matches none of the 2 tensors"),
+    ],
+)
+def test_bad_recipe_or_format(arguments: list[str], says: str, model: Path, tmp_path: Path) -> None:
+    result = run(model, tmp_path / "out", *arguments)
+    assert result.exit_code != 0
+    assert says in f"{result.exception}{result.stderr}"
+    assert not (tmp_path / "out").exists()
+
+
+def test_bad_recipe_file_is_named(model: Path, tmp_path: Path) -> None:
+    file = tmp_path / "recipe.toml"
+    for text in ("beam = ", "beem = 4", "beam = 0"):
+        file.write_text(text, encoding="utf-8")
+        message = str(run(model, tmp_path / "out", "--recipe", str(file)).exception)
+        assert message.startswith(f"recipe file {file}: ")
+        assert "\n" not in message
+
+
+def test_the_last_row_is_of_all(model: Path, tmp_path: Path) -> None:
+    result = run(model, tmp_path)
+    found = container.load(next(tmp_path.glob("*.vq.safetensors")))
+    lost = total = bits = weights = 0.0
+    for name, tensor in found.items():
+        weight = tensors()[name].double()
+        lost += float((weight - tensor.decode()).square().sum())
+        total += float(weight.square().sum())
+        bits += tensor.bits.per_weight() * weight.numel()
+        weights += weight.numel()
+    row = next(line.split() for line in result.stdout.splitlines() if "all" in line.split())
+    assert row[3:5] == [f"{bits / weights:.4f}", f"{lost / total:.4f}"]
 
 
 # ------------------------------------------------------------------------------------------------

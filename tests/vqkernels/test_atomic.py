@@ -172,6 +172,39 @@ def test_a_lock_is_held_until_its_end(path: Path) -> None:
     assert not path.exists()
 
 
+def test_a_lock_that_another_has_can_be_refused(path: Path) -> None:
+    with (
+        locked(path),
+        pytest.raises(ContainerError, match=f"{path}: another process is writing it"),
+        locked(path, wait=False),
+    ):
+        pass
+    with locked(path, wait=False):
+        pass
+
+
+def test_a_lock_is_of_the_folder_that_has_the_name(tmp_path: Path) -> None:
+    """Of two that wait, the second must not get the folder that the one before has removed."""
+    path = tmp_path / "folder" / "file"
+    path.parent.mkdir()
+    got = threading.Event()
+
+    def wait() -> None:
+        with locked(path):
+            got.set()
+            with pytest.raises(ContainerError, match="another"), locked(path, wait=False):
+                pass
+
+    waiting = threading.Thread(target=wait)
+    with locked(path):
+        waiting.start()
+        assert not got.wait(0.2)  # by now it has the old folder open
+        path.parent.rename(tmp_path / "old")
+        path.parent.mkdir()
+    assert got.wait(60)
+    waiting.join()
+
+
 def test_a_lock_that_can_not_be_made(tmp_path: Path) -> None:
     with (
         pytest.raises(ContainerError, match=r"no/such/t.json: can't be locked: .*make the folder"),

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import dataclasses
+import re
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +87,58 @@ def test_a_name_that_means_nothing_is_a_spec_error(name: str) -> None:
     with pytest.raises(SpecError) as caught:
         parse_format(name)
     assert "\n" not in str(caught.value)
+
+
+def test_fields_follow_a_name() -> None:
+    spec = parse_format(
+        "rq-2x256x8,scale_axis=row,rotation_size=128,outlier_columns=16,permuted=true"
+    )
+    assert spec == dataclasses.replace(
+        PRESETS["rq-2x256x8"],
+        scale_axis="row",
+        rotation_size=128,
+        outlier_columns=16,
+        permuted=True,
+    )
+    assert parse_format("vq-512x4,permuted=false").stages == (512,)
+    listed = parse_format("toy-16-4,stages=32+4,coefficients=1+0.25")
+    assert (listed.stages, listed.coefficients, listed.code_bits) == ((32, 4), (1, 0.25), (5, 2))
+    assert parse_format("vq-256x8,code_bits=9").code_bits == (9,)
+    assert parse_format("vq-256x8,vector_axis=out,stride=2").stride == 2
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ("", "'' sets no field"),
+        ("stride", "'stride' sets no field"),
+        ("stride=", "'stride=' sets no field"),
+        ("colour=1", "unknown field 'colour'; known: vector_length"),
+        (" stride=2", "unknown field ' stride'"),
+        ("stride=2,stride=2", "stride is set twice"),
+        ("stride=two", "stride must be a whole number"),
+        ("stride=1.5", "stride must be a whole number"),
+        ("stride=1_0", "stride must be a whole number"),
+        ("stride=\u0663", "stride must be a whole number"),
+        ("stride=" + "9" * 5000, "stride must be a whole number"),
+        ("permuted=yes", "permuted must be true or false"),
+        ("scale_axis=../row", "scale_axis '../row' is not one of none, tensor"),
+        ("stages=16+", "stages must be a list of numbers"),
+        ("coefficients=nan", "coefficients must be a list of numbers"),
+        ("code_bits=3", "3-bit codes for 256 entries"),
+        ("group_size=8", "group_size goes with group_axis"),
+    ],
+)
+def test_a_field_that_means_nothing_is_a_spec_error(settings: str, message: str) -> None:
+    with pytest.raises(SpecError, match=re.escape(message)) as caught:
+        parse_format("vq-256x8," + settings)
+    assert "\n" not in str(caught.value)
+    assert str(caught.value).startswith("format 'vq-256x8,")
+
+
+def test_fields_of_a_file_are_set_in_the_file() -> None:
+    with pytest.raises(SpecError, match=r"'mine.toml,stride=2': fields of a .toml file are set"):
+        parse_format("mine.toml,stride=2")
 
 
 def test_an_unknown_name_lists_the_presets() -> None:

@@ -1,39 +1,41 @@
 """The reference quantizer: a dense weight in, a QuantizedTensor out.
 
-`prepare` turns the weight into what its codebooks have to come near (scales, rotation, columns
-left out); a method, a file with a `fit`, finds codes and codebooks for that. The clustering under
-all of them is `vqkernels.quantize.kmeans`.
+`prepare` turns the weight into what its codebooks have to come near (`scales`, `sides` and
+`rotation` taken off); a method, a file with a `fit`, finds codes and codebooks for that. The
+clustering under all of them is `vqkernels.quantize.kmeans`.
 """
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from vqkernels.errors import TensorError, UnsupportedError
-from vqkernels.parts import check_fit, part_table
-from vqkernels.quantize import beam, pq, rq, vq
+from vqkernels.errors import TensorError
+from vqkernels.parts import Part, check_fit, part_table
+from vqkernels.quantize import additive, fixed, pq, rq, vptq, vq
 from vqkernels.quantize.codebook import Stage
 from vqkernels.quantize.layout import join
 from vqkernels.quantize.prepare import prepare, target_of
 from vqkernels.quantize.recipe import Recipe
+from vqkernels.quantize.scales import clip_limits
 from vqkernels.quantize.target import Target
+from vqkernels.quantize.tune import tuned
 from vqkernels.spec import CodebookSpec
-from vqkernels.tensor import QuantizedTensor, scaled_codebook
+from vqkernels.tensor import QuantizedTensor
 
-__all__ = ["Recipe", "encode", "quantize", "relative_error", "squared_errors"]
-
-# What no method fills yet, and the value that asks for nothing.
-_NOT_YET = (
-    ("rotation_size", 0),
-    ("outlier_columns", 0),
-    ("uniform_columns", 0),
-    ("permuted", False),
-    ("zero_axis", "none"),
-    ("distance", "l2"),
-)
+__all__ = [
+    "Recipe",
+    "clip_limits",
+    "encode",
+    "quantize",
+    "relative_error",
+    "squared_errors",
+]
 
 _DEFAULT = Recipe()
 
@@ -46,6 +48,9 @@ class Method(Protocol):
     ) -> list[Stage]: ...
 
 
+_METHODS = MappingProxyType[str, Method]({"additive": additive.fit, "vptq": vptq.fit})
+
+
 def quantize(
     weight: Tensor,
     spec: CodebookSpec,
@@ -55,6 +60,7 @@ def quantize(
     hessian: Tensor | None = None,
     recipe: Recipe = _DEFAULT,
     bias: Tensor | None = None,
+    codebooks: Sequence[Tensor] | None = None,
 ) -> QuantizedTensor:
     """`weight: [n, k]` in the format `spec`, on the CPU; the same `seed` gives the same bits.
 
@@ -63,26 +69,36 @@ def quantize(
         which is the same as `weights` of that shape. Give one of the two.
     recipe: how codes and codebooks are found.
     bias: `[n]`, stored beside the weight as it is.
+    codebooks: entries of each stage, `[sets, subspaces, entries, vector_size]`, which are rounded
+        to `codebook_dtype` (a stage's coefficient isn't in them); codes, scales and sides alone are
+        found. For codebooks that several layers share.
 
-    Raises TensorError for a weight that is no finite matrix, UnsupportedError where the layer
-    can't hold the format or no method here fills a part of it yet.
+    Raises TensorError for a weight that is no finite matrix and for what doesn't go with it,
+    UnsupportedError where the layer can't hold the format.
     """
-    matrix, importance, full = _checked(weight, weights, hessian)
-    n, k = matrix.shape
-    method = _method(spec)
+    given = _checked(weight, weights, hessian)
+    n, k = given.matrix.shape
     check_fit(spec, n, k)
-    target, found = prepare(spec, matrix, importance, full)
-    stages = method(target, spec, recipe, seed=seed)
-    cells = target.vectors(spec).cells
-    found["codes"] = join(spec, n, k, cells, [stage.codes for stage in stages])
-    found |= {f"codebook_{number}": stage.values for number, stage in enumerate(stages)}
-    scales = [stage.scale for stage in stages if stage.scale is not None]
-    if scales:
-        found["codebook_scale"] = torch.stack(scales, dim=-1)
+
+    def errors() -> Tensor:
+        plain = dataclasses.replace(
+            spec, outlier_columns=0, outlier_entries=0, outlier_vector_length=0, uniform_columns=0,
+            permuted=False, rotation_size=0,
+        )  # fmt: skip
+        coded = quantize(weight, plain, seed=seed, weights=weights, hessian=hessian, recipe=recipe)
+        return given.matrix - coded.decode()
+
+    target, found = prepare(spec, given, recipe, seed=seed, errors=errors)
+    if codebooks is None:
+        books, codes = _fit(target, spec, recipe, part_table(spec, n, k), seed)
+    else:
+        books = fixed.codebook_parts(codebooks, spec, n, k)
+        codes = fixed.find_codes(target, spec, books, recipe)
+    found |= books
+    found["codes"] = join(spec, n, k, target.vectors(spec).cells, codes)
     if bias is not None:
         found["bias"] = _bias(bias, n)
-    table = part_table(spec, n, k, bias=bias is not None)
-    parts = {name: found[name].reshape(part.shape) for name, part in table.items()}
+    parts = {name: found[name] for name in part_table(spec, n, k, bias=bias is not None)}
     return QuantizedTensor(spec, n, k, parts)
 
 
@@ -93,27 +109,21 @@ def encode(
     weights: Tensor | None = None,
     recipe: Recipe = _DEFAULT,
 ) -> QuantizedTensor:
-    """`tensor` with the codes of `weight`: codebooks and scales stay.
+    """`tensor` with the codes and side columns of `weight`; all else stays as it is.
 
-    recipe: its beam is what several stages are searched with.
-
-    Errors as for `quantize`; TensorError too where the shapes differ.
+    Codebooks, scales, zeros, permutation and rotation stay, the scales and zeros of uniform
+    columns too. recipe: its beam is what several stages are searched with. Errors as for
+    `quantize`; TensorError too where the shapes differ.
     """
-    matrix, importance, _ = _checked(weight, weights, None)
+    given = _checked(weight, weights, None)
     tensor = tensor.to("cpu")
-    spec = tensor.spec
-    if tuple(matrix.shape) != (tensor.n, tensor.k):
-        raise TensorError(
-            f"weight: shape {list(matrix.shape)}, but the tensor is {tensor.n} x {tensor.k}"
-        )
-    _method(spec)
-    vectors = target_of(spec, matrix, importance, None, dict(tensor.parts)).vectors(spec)
-    books = [
-        scaled_codebook(spec, tensor.parts, stage, torch.float32).flatten(0, 1)
-        for stage in range(len(spec.stages))
-    ]
-    codes = beam.encode(vectors.points, books, weights=vectors.weights, beam=recipe.beam)
-    return tensor.replace_parts(codes=join(spec, tensor.n, tensor.k, vectors.cells, codes))
+    spec, n, k = tensor.spec, tensor.n, tensor.k
+    if tuple(given.matrix.shape) != (n, k):
+        raise TensorError(f"weight: shape {list(given.matrix.shape)}, but the tensor is {n} x {k}")
+    target, found = target_of(tensor, given)
+    codes = fixed.find_codes(target, spec, found, recipe)
+    found["codes"] = join(spec, n, k, target.vectors(spec).cells, codes)
+    return tensor.replace_parts(**found)
 
 
 def relative_error(weight: Tensor, tensor: QuantizedTensor) -> float:
@@ -130,19 +140,28 @@ def squared_errors(weight: Tensor, tensor: QuantizedTensor) -> tuple[float, floa
     return float(lost), float(exact.square().numpy().sum())
 
 
+def _fit(
+    target: Target, spec: CodebookSpec, recipe: Recipe, table: Mapping[str, Part], seed: int
+) -> tuple[dict[str, Tensor], list[Tensor]]:
+    """Codebooks as their parts of `table`, and each stage's codes of the unlimited weight."""
+    training = target.training()
+    stages = _method(spec)(training, spec, recipe, seed=seed)
+    if recipe.tune:
+        stages = tuned(training, spec, recipe, stages)
+    found = {f"codebook_{number}": stage.values for number, stage in enumerate(stages)}
+    scales = [stage.scale for stage in stages if stage.scale is not None]
+    if scales:
+        found["codebook_scale"] = torch.stack(scales, dim=-1)
+    found = {name: part.reshape(table[name].shape) for name, part in found.items()}
+    if target.limited is None:
+        return found, [stage.codes for stage in stages]
+    return found, fixed.find_codes(target, spec, found, recipe)
+
+
 def _method(spec: CodebookSpec) -> Method:
-    """What codes `spec`; UnsupportedError, naming the field, where nothing does."""
-    for field, unused in _NOT_YET:
-        if (value := getattr(spec, field)) != unused:
-            raise UnsupportedError(
-                f"quantize: {field} = {value!r} is not implemented yet; use a format without it"
-            )
-    if any(factor != 1 for factor in spec.coefficients):
-        raise UnsupportedError(
-            f"quantize: coefficients = {spec.coefficients} are not implemented yet; leave them out"
-        )
-    if spec.method == "opq":
-        raise UnsupportedError("quantize: method = 'opq' is not implemented yet; use 'pq'")
+    """What codes `spec`: what its method names, or else what its shape asks for."""
+    if spec.method in _METHODS:
+        return _METHODS[spec.method]
     if spec.subspaces > 1:
         return pq.fit
     return rq.fit if len(spec.stages) > 1 else vq.fit
@@ -152,9 +171,7 @@ def _method(spec: CodebookSpec) -> Method:
 # what is given
 
 
-def _checked(
-    weight: Tensor, weights: Tensor | None, hessian: Tensor | None
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
+def _checked(weight: Tensor, weights: Tensor | None, hessian: Tensor | None) -> Target:
     """The weight, the importance of each error and the full Hessian, on the CPU in float32."""
     if weight.ndim != 2 or not weight.is_floating_point():
         raise TensorError(
@@ -164,12 +181,12 @@ def _checked(
     if not bool(torch.isfinite(matrix).all()):
         raise TensorError("weight: holds NaN or infinity (as float32); repair the checkpoint")
     if hessian is None:
-        return matrix, None if weights is None else _importance(weights, matrix), None
+        return Target(matrix, None if weights is None else _importance(weights, matrix))
     if weights is not None:
         raise TensorError("weights and hessian both say how errors count; give one of them")
     full = _hessian(hessian, matrix.shape[1])
     diagonal = full if full.ndim == 1 else full.diagonal()
-    return matrix, _importance(diagonal, matrix), None if full.ndim == 1 else full
+    return Target(matrix, _importance(diagonal, matrix), None if full.ndim == 1 else full)
 
 
 def _importance(weights: Tensor, matrix: Tensor) -> Tensor:

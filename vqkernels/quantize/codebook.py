@@ -19,7 +19,7 @@ from vqkernels.quantize.kmeans import assign
 from vqkernels.quantize.layout import Vectors
 from vqkernels.quantize.refit import refit
 
-__all__ = ["Stage", "code_stage", "round_to", "rounded", "store"]
+__all__ = ["Stage", "code_stage", "round_to", "rounded", "store", "stored_entries"]
 
 # Scales that are tried for int8, as shares of the one that just holds the largest entry. A rare
 # entry may be worth clamping; below this the clamped ones cost more than finer steps gain.

@@ -15,7 +15,7 @@ from vqkernels.parts import code_grid, codebook_sets
 from vqkernels.spec import CodebookSpec
 from vqkernels.tensor import set_index
 
-__all__ = ["Vectors", "block", "join", "split"]
+__all__ = ["Vectors", "block", "join", "members", "split"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,11 +55,11 @@ def block(spec: CodebookSpec, matrix: Tensor) -> Tensor:
 
 
 def split(spec: CodebookSpec, matrix: Tensor, weights: Tensor | None) -> Vectors:
-    """The vectors of `matrix: [n, k]` float32; `weights: [n, k]` or None.
+    """The vectors of the main columns, `matrix: [n, main]` float32; `weights: [n, main]` or None.
 
     Padding gets weight 0.
     """
-    n, k = matrix.shape
+    n, k = len(matrix), matrix.shape[1] + spec.side_columns
     cells = block(spec, matrix)
     rows, columns, length = cells.shape
     points = cells.reshape(-1, length)
@@ -67,7 +67,7 @@ def split(spec: CodebookSpec, matrix: Tensor, weights: Tensor | None) -> Vectors
         weights = torch.ones_like(matrix)
     each = None if weights is None else block(spec, weights).reshape(-1, length)
     which = set_index(spec, n, k).expand(rows, columns).reshape(-1)
-    index = _members(which, codebook_sets(spec, n, k) * spec.subspaces)
+    index = members(which, codebook_sets(spec, n, k) * spec.subspaces)
     points = points[index.clamp(min=0)]
     if bool((index < 0).any()):
         filling = (index < 0)[..., None]
@@ -81,7 +81,7 @@ def split(spec: CodebookSpec, matrix: Tensor, weights: Tensor | None) -> Vectors
     return Vectors(points, each, index)
 
 
-def _members(which: Tensor, books: int) -> Tensor:
+def members(which: Tensor, books: int) -> Tensor:
     """Cells of each book in their order: `[books, count]`, filled up with -1."""
     counts = torch.bincount(which, minlength=books)
     order = which.argsort(stable=True)

@@ -13,6 +13,7 @@ from vqkernels.quantize.kmeans.block import workers
 from vqkernels.quantize.kmeans.merging import near_equal
 from vqkernels.quantize.layout import Vectors, join, split
 from vqkernels.quantize.prepare import target_of
+from vqkernels.quantize.target import Target
 from vqkernels.spec import min_bits
 from vqkernels.tensor import QuantizedTensor, scaled_codebook
 
@@ -78,7 +79,7 @@ def _goal(tensor: QuantizedTensor, weight: Tensor | None) -> Vectors:
             f"prune: weight {list(matrix.shape)} for a tensor of {tensor.n} x {tensor.k}; give the "
             f"finite matrix that was quantised"
         )
-    return target_of(tensor.spec, matrix, None, None, dict(tensor.parts)).vectors(tensor.spec)
+    return target_of(tensor, Target(matrix))[0].vectors(tensor.spec)
 
 
 def _chosen(books: Tensor, codes: Tensor) -> Tensor:

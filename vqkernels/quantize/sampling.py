@@ -24,7 +24,7 @@ from torch import Tensor
 from vqkernels.errors import TensorError
 from vqkernels.parts import code_grid, codebook_sets
 from vqkernels.quantize.layout import Vectors
-from vqkernels.quantize.prepare import prepare
+from vqkernels.quantize.target import Target
 from vqkernels.spec import CodebookSpec
 
 __all__ = ["Coverage", "CoverageWarning", "coverage", "hold_out", "over_layers", "sample"]
@@ -147,6 +147,9 @@ def over_layers(
     layer to layer. Raises TensorError for what is no matrix, and for layers with other numbers of
     books. Warns as `sample`.
     """
+    # here, not above: side columns and rotations may need codebooks, which are trained on samples
+    from vqkernels.quantize.prepare import prepare
+
     shapes = {name: _shape(name, weight) for name, weight in weights.items()}
     if not shapes:
         raise TensorError("over_layers: there are no layers; give one at least")
@@ -163,7 +166,7 @@ def over_layers(
     for number, (name, (n, k)) in enumerate(shapes.items()):
         matrix = weights[name].detach().cpu().float()
         each = None if importance is None else _broad(name, importance.get(name), n, k)
-        vectors = prepare(spec, matrix, each, None)[0].vectors(spec)
+        vectors = prepare(spec, Target(matrix, each), seed=seed)[0].vectors(spec)
         some = _sampled(vectors, spec, n, k, shares[number], (seed, number))
         reached.append(_reached(vectors, some, spec, n, k))
         moved = torch.where(some.cells < 0, some.cells, some.cells + before)

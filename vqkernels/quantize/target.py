@@ -22,13 +22,33 @@ class Target:
     hessian: `[main, main]` float32 or None: the error is then `sum_r rows[r] * e_r H e_r^T` over
         the rows e_r of `matrix - decoded`.
     rows: `[n]` float32, factor of each row's error; None: all 1.
+    limited: `[n, main]` float32, `matrix` with the weight's extremes limited; None: nothing is.
+        A method gets one or the other as its `matrix`, see `training`.
     """
 
     matrix: Tensor
     weights: Tensor | None = None
     hessian: Tensor | None = None
     rows: Tensor | None = None
+    limited: Tensor | None = None
 
     def vectors(self, spec: CodebookSpec) -> Vectors:
         """The vectors of each codebook of `spec`, with their weights."""
         return split(spec, self.matrix, self.weights)
+
+    def training(self) -> Target:
+        """What codebooks are trained on: this, or the limited weight where there is one."""
+        if self.limited is None:
+            return self
+        return dataclasses.replace(self, matrix=self.limited, limited=None)
+
+    def columns(self, which: slice | Tensor) -> Target:
+        """Some of the columns, in the order of `which`."""
+
+        def some(matrix: Tensor | None) -> Tensor | None:
+            return None if matrix is None else matrix[:, which]
+
+        hessian = None if self.hessian is None else self.hessian[which][:, which]
+        return Target(
+            self.matrix[:, which], some(self.weights), hessian, self.rows, some(self.limited)
+        )

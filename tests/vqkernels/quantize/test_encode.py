@@ -2,8 +2,9 @@ import pytest
 import torch
 
 from vqkernels.errors import TensorError
-from vqkernels.quantize import encode, quantize
+from vqkernels.quantize import encode, quantize, relative_error
 from vqkernels.spec import CodebookSpec
+from vqkernels.tensor import scaled_codebook
 
 
 def normal(*shape, seed=0):
@@ -28,6 +29,9 @@ def same(first, second):
         {"subspaces": 2, "group_axis": "row", "group_size": 24},
         {"scale_axis": "row", "vector_axis": "out", "codebook_dtype": "int8"},
         {"scale_axis": "column", "vector_length": 5},
+        {"scale_axis": "row", "zero_axis": "column", "rotation_size": 16},
+        {"outlier_columns": 3, "uniform_columns": 5, "permuted": True, "rotation_size": 8},
+        {"outlier_columns": 4, "outlier_entries": 8, "outlier_vector_length": 4},
     ],
 )
 def test_encoding_the_same_weight_gives_the_same_codes(fields):
@@ -40,6 +44,54 @@ def test_encoding_finds_the_codes_of_a_decoded_tensor():
     tensor = quantize(normal(64, 48), make())
     other = tensor.replace_parts(codes=tensor.parts["codes"].flip(0))
     same(encode(other.decode(), tensor), other)
+
+
+def test_encoding_codes_the_sides_anew():
+    spec = make(outlier_columns=2, uniform_columns=3, permuted=True, side_dtype="float32")
+    weight, other = normal(64, 48), normal(64, 48, seed=1)
+    tensor = quantize(weight, spec)
+    again = encode(other, tensor)
+    order = tensor.parts["permutation"].long()
+    assert torch.equal(again.parts["outliers"], other[:, order[:2]])
+    lost = (other - again.decode())[:, order[2:5]].abs()
+    assert (lost <= 0.51 * tensor.parts["uniform_scale"]).double().mean() > 0.9
+    for name in ("permutation", "uniform_scale", "uniform_zero", "codebook_0"):
+        assert torch.equal(again.parts[name].float(), tensor.parts[name].float())
+
+
+# --- codebooks that are given ---
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "int8"])
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"stages": (16, 8)},
+        {"subspaces": 2, "group_axis": "row", "group_size": 32},
+        {"scale_axis": "row", "outlier_columns": 2, "permuted": True, "vector_length": 2},
+    ],
+)
+def test_a_tensors_own_codebooks_give_it_back(dtype, fields):
+    weight, spec = normal(64, 48), make(codebook_dtype=dtype, **fields)
+    tensor = quantize(weight, spec)
+    books = [
+        scaled_codebook(spec, tensor.parts, stage, torch.float32)
+        for stage in range(len(spec.stages))
+    ]
+    same(quantize(weight, spec, codebooks=books), tensor)
+
+
+def test_given_codebooks_serve_another_layer():
+    spec = make(scale_axis="tensor")
+    shared = quantize(normal(128, 48), spec).parts["codebook_0"]
+    weight = normal(64, 48, seed=1) * 7
+    tensor = quantize(weight, spec, codebooks=[shared.double()])
+    tensor.validate()
+    assert torch.equal(tensor.parts["codebook_0"], shared)
+    assert relative_error(weight, tensor) < 1.15 * relative_error(weight, quantize(weight, spec))
+    assert float(tensor.parts["scale"][0]) == pytest.approx(
+        float(weight.square().mean().sqrt()), rel=1e-3
+    )
 
 
 def test_encoding_another_shape_is_refused():

@@ -102,3 +102,12 @@ def test_join_puts_codes_back():
     grid = join(spec, 7, 12, vectors.cells, [vectors.cells.clamp(min=0)])
     assert grid.dtype == torch.uint8
     assert grid.flatten().tolist() == list(range(21))
+
+
+def test_groups_and_cells_of_the_main_columns():
+    # two side columns lie before them: groups are counted without
+    spec = make(group_axis="column", group_size=8, outlier_columns=2)
+    vectors = split(spec, numbered(4, 24), None)
+    assert vectors.points.shape == (3, 8, 4)
+    assert vectors.points[2, 0].tolist() == [17, 18, 19, 20]
+    assert join(spec, 4, 26, vectors.cells, [vectors.cells]).shape == (4, 6, 1)

@@ -309,7 +309,7 @@ def test_the_seed_decides():
     assert not torch.equal(quantize(weight, make()).parts["codebook_0"], other.parts["codebook_0"])
 
 
-@pytest.mark.parametrize("name", sorted(set(PRESETS) - {"opq-m8"}))
+@pytest.mark.parametrize("name", sorted(PRESETS))
 def test_presets(name):
     # smaller codebooks, so that a small weight holds them; all else as the preset has it
     spec = PRESETS[name]

@@ -21,6 +21,15 @@ def make(**fields):
         (torch.zeros(64, 64), {"weights": torch.ones(63)}, r"weights: shape \[63\]"),
         (torch.zeros(64, 64), {"weights": -torch.ones(64)}, "weights: must be"),
         (torch.zeros(64, 64), {"weights": torch.full((64,), torch.nan)}, "weights: must be"),
+        (torch.zeros(64, 64), {"hessian": torch.ones(63)}, r"hessian: shape \[63\]"),
+        (torch.zeros(64, 64), {"hessian": torch.full((64, 64), torch.inf)}, "hessian: holds NaN"),
+        (torch.zeros(64, 64), {"hessian": torch.ones(64, 64).triu()}, "hessian: is not symmetric"),
+        (torch.zeros(64, 64), {"hessian": -torch.eye(64)}, "weights: must be"),
+        (
+            torch.zeros(64, 64),
+            {"hessian": torch.eye(64), "weights": torch.ones(64)},
+            "weights and hessian both",
+        ),
         (torch.zeros(64, 64), {"bias": torch.zeros(63)}, "bias"),
         (torch.zeros(64, 64), {"bias": torch.full((64,), torch.inf)}, "bias"),
     ],
@@ -34,20 +43,33 @@ def test_bad_input_is_one_line(weight, options, message):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"rotation_size": 8}, "rotation_size = 8"),
-        ({"outlier_columns": 8}, "outlier_columns = 8"),
-        ({"uniform_columns": 8}, "uniform_columns = 8"),
-        ({"permuted": True}, "permuted = True"),
-        ({"zero_axis": "row"}, "zero_axis = 'row'"),
-        ({"distance": "cosine"}, "distance = 'cosine'"),
-        ({"coefficients": (0.5,)}, "coefficients = "),
-        ({"method": "opq"}, "method = 'opq'"),
         ({"stages": (4096,)}, "4,096 entries for 1,024 vectors"),
+        ({"coefficients": (0.5,)}, "coefficients = "),
+        ({"rotation_size": 24}, "a rotation of 24 doesn't divide 64 columns"),
+        ({"outlier_columns": 40, "uniform_columns": 24}, "64 outlier and uniform columns leave"),
     ],
 )
-def test_what_no_method_fills_is_refused(fields, message):
+def test_a_layer_that_cannot_hold_the_format_is_refused(fields, message):
     with pytest.raises(UnsupportedError, match=message) as caught:
         quantize(torch.ones(64, 64), make(**fields))
+    assert "\n" not in str(caught.value)
+
+
+BOOK = torch.ones(1, 1, 16, 4)
+
+
+@pytest.mark.parametrize(
+    ("codebooks", "message"),
+    [
+        ([], "codebooks: 0 given, but the format has 1 stages"),
+        ([BOOK, BOOK], "codebooks: 2 given"),
+        ([BOOK[0]], r"stage 0 is \[1, 16, 4\], but the format of this 64 x 64 layer needs"),
+        ([BOOK / 0], "stage 0 holds NaN or infinity"),
+    ],
+)
+def test_codebooks_that_are_not_the_formats_are_refused(codebooks, message):
+    with pytest.raises(TensorError, match=message) as caught:
+        quantize(torch.ones(64, 64), make(), codebooks=codebooks)
     assert "\n" not in str(caught.value)
 
 

@@ -125,6 +125,7 @@ def _train(
             else:
                 found = lloyd.iterate(block, rule, found, iterations)
             if recipe.clustering == "medoids":
+                found = lloyd.iterate(block, medoid_rule(block), found, iterations)
                 # the very vectors, not what shift and scale left of them
                 index = medoid_numbers(block, found)
                 parts.append(some.points[torch.arange(len(index))[:, None], index])
@@ -141,8 +142,9 @@ def _first(block: Block, entries: int, recipe: Recipe, draws: np.random.Generato
 
 
 def _rule(block: Block, given: Given, recipe: Recipe, *, sphere: bool) -> lloyd.Rule:
-    make = {"medians": median_rule, "medoids": medoid_rule}.get(recipe.clustering, lloyd.mean_rule)
-    rule, norms = make(block), limits.rms_norms(given.points, given.weights)
+    """Of the recipe's clustering; for medoids, of the k-means that comes before them."""
+    rule = median_rule(block) if recipe.clustering == "medians" else lloyd.mean_rule(block)
+    norms = limits.rms_norms(given.points, given.weights)
     if recipe.merge:
         rule = limits.merging(block, rule, recipe.merge * norms)
     if sphere:

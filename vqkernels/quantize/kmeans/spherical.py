@@ -33,7 +33,8 @@ def with_lengths(points: Tensor, weights: Tensor | None, found: Tensor, codes: C
     """Directions `found: [sets, entries, length]` at the length of least squared error.
 
     That is the weighted mean of its points' projections on it. One that this would turn round or
-    make vanish, and one without points, keeps its direction with a thousandth of the mean length.
+    make vanish, and one without points, keeps its direction with a thousandth of the longest
+    point's length.
     """
     sets, entries, _ = found.shape
     flat = (codes + np.arange(sets)[:, None] * entries).ravel()
@@ -44,5 +45,5 @@ def with_lengths(points: Tensor, weights: Tensor | None, found: Tensor, codes: C
     seen = np.bincount(flat, mass.numpy().ravel(), minlength=sets * entries)
     lengths = np.divide(total, seen, out=np.zeros_like(total), where=seen > 0)
     lengths = lengths.reshape(sets, entries, 1)
-    least = np.abs(lengths).mean(1, keepdims=True) / 1000
+    least = points.double().square().sum(-1).amax(-1).sqrt().numpy()[:, None, None] / 1000
     return found * torch.from_numpy(np.maximum(lengths, least)).float()

@@ -1,0 +1,221 @@
+import itertools
+
+import numpy as np
+import pytest
+import torch
+
+from tests.vqkernels.quantize.hessians import correlated, normal, output_error
+from vqkernels.quantize import Recipe, conjugate, quantize
+from vqkernels.quantize.descent import descend
+from vqkernels.quantize.grid import grid_of
+from vqkernels.quantize.target import Target
+from vqkernels.spec import CodebookSpec
+
+SHAPES = [
+    {"vector_width": 3, "vector_length": 3, "stride": 2},
+    {"vector_width": 3, "group_axis": "row", "group_size": 15},
+    {"stride": 4, "subspaces": 2, "group_axis": "column", "group_size": 16},
+    {"vector_axis": "out", "stride": 2, "subspaces": 2},
+    {"vector_axis": "out", "group_axis": "column", "group_size": 11},
+    {"vector_axis": "out", "group_axis": "row", "group_size": 16},
+]
+
+
+def make(**fields):
+    base = {"stages": (8, 4), "vector_length": 4, "codebook_dtype": "float32", "method": "additive"}
+    return CodebookSpec(**base | fields)
+
+
+def books_of(spec, grid, seed=1):
+    """Entries of each stage, and codes, at random."""
+    books = int(grid.first.max() + grid.step.max()) + 1
+    entries = [
+        normal(books, count, spec.vector_size, seed=seed + stage) / 2**stage
+        for stage, count in enumerate(spec.stages)
+    ]
+    generator = torch.Generator().manual_seed(seed)
+    codes = [
+        torch.randint(count, (grid.rows, grid.columns), generator=generator)
+        for count in spec.stages
+    ]
+    return entries, torch.stack(codes, dim=-1)
+
+
+def loss_of(grid, entries, codes):
+    return grid.loss(grid.matrix - grid.decode(entries, codes))
+
+
+# ------------------------------------------------------------------------------------------------
+# codes
+
+
+def tiny(fields, n, k):
+    spec = make(**{"stages": (3, 2), "vector_length": 2} | fields)
+    mass = normal(n, seed=4).exp()
+    grid = grid_of(Target(normal(n, k), None, correlated(k, seed=7), mass), spec)
+    return grid, *books_of(spec, grid)
+
+
+def settled(grid, entries, codes, beam=1):
+    """Codes after as many sweeps as change anything, each of which may only gain."""
+    losses = [loss_of(grid, entries, codes)]
+    while True:
+        found = descend(grid, entries, codes, beam=beam)
+        if torch.equal(found, codes):
+            return codes
+        losses.append(loss_of(grid, entries, found))
+        assert losses[-1] < losses[-2]
+        codes = found
+
+
+@pytest.mark.parametrize("fields", [{}, {"vector_width": 2}, {"vector_axis": "out"}])
+def test_descent_ends_where_no_single_change_helps(fields):
+    grid, entries, codes = tiny(fields, 8, 7)
+    codes = settled(grid, entries, codes)
+    best = loss_of(grid, entries, codes)
+    places = itertools.product(range(grid.rows), range(grid.columns), range(2))
+    for row, column, stage in places:
+        for code in range(entries[stage].shape[1]):
+            other = codes.clone()
+            other[row, column, stage] = code
+            assert loss_of(grid, entries, other) >= best * (1 - 1e-12)
+
+
+def test_descent_is_often_the_best_of_all_codings():
+    grid, entries, codes = tiny({}, 24, 6)
+    choices = [list(itertools.product(range(3), range(2)))] * grid.columns
+    every = torch.tensor(list(itertools.product(*choices)))
+    losses = []
+    for cells in every:  # rows don't touch each other: all try the same codes at once
+        error = grid.matrix - grid.decode(entries, cells.expand(grid.rows, -1, -1))
+        losses.append(((error @ grid.hessian) * error).sum(1) * grid.mass[:, 0])
+    best = torch.stack(losses).min(0).values
+    found = settled(grid, entries, codes)
+    error = grid.matrix - grid.decode(entries, found)
+    ours = ((error @ grid.hessian) * error).sum(1) * grid.mass[:, 0]
+    assert (ours >= best * (1 - 1e-9)).all()
+    assert (ours <= best * (1 + 1e-9)).float().mean() >= 0.5
+    assert ours.sum() <= 1.1 * best.sum()
+
+
+@pytest.mark.parametrize("fields", SHAPES)
+def test_a_sweep_never_loses(fields):
+    spec = make(**fields)
+    target = Target(normal(50, 25), None, correlated(25), normal(50, seed=4).exp())
+    grid = grid_of(target, spec)
+    entries, codes = books_of(spec, grid)
+    losses = [loss_of(grid, entries, codes)]
+    for _ in range(2):
+        codes = descend(grid, entries, codes, beam=2)
+        losses.append(loss_of(grid, entries, codes))
+    assert losses == sorted(losses, reverse=True)
+    assert losses[1] < 0.6 * losses[0]
+
+
+def test_inputs_never_seen_change_nothing():
+    hessian = correlated(16)
+    hessian[8:], hessian[:, 8:] = 0, 0
+    grid = grid_of(Target(normal(20, 16), None, hessian), make())
+    entries, codes = books_of(make(), grid)
+    found = descend(grid, entries, codes, beam=1)
+    assert torch.equal(found[:, 2:], codes[:, 2:])  # heavy columns are first
+    assert loss_of(grid, entries, found) < loss_of(grid, entries, codes)
+
+
+# ------------------------------------------------------------------------------------------------
+# codebooks
+
+
+@pytest.mark.parametrize("fields", SHAPES)
+def test_gathering_is_the_transpose_of_decoding(fields):
+    spec = make(**fields)
+    grid = grid_of(Target(normal(50, 46), None, correlated(46)), spec)
+    entries, codes = books_of(spec, grid)
+    other = normal(*grid.matrix.shape, seed=8).double()
+    forth = (grid.decode(entries, codes) * other).sum()
+    sums = grid.gather(other, codes, spec.stages)
+    back = sum((book * sums[stage]).sum() for stage, book in enumerate(entries))
+    assert float(forth) == pytest.approx(float(back), rel=1e-9)
+
+
+def test_codebooks_are_the_least_squares_solution():
+    n, k, length = 12, 8, 2
+    inputs, mass = normal(40, k, seed=2).double() @ normal(k, k, seed=3).double(), normal(n).exp()
+    weight, spec = normal(n, k, seed=6), make(vector_length=length, stages=(3, 2))
+    grid = grid_of(Target(weight, None, (inputs.T @ inputs).float(), mass), spec)
+    entries, codes = books_of(spec, grid)
+    solved = conjugate.solve(grid, entries, codes, steps=500, tolerance=0.0)
+
+    # a row of the design for each row's output on each token, a column for each number in a book
+    design, natural = np.zeros((n, 40, 5 * length)), codes[:, grid.order.argsort()]
+    for row, cell, place in itertools.product(range(n), range(k // length), range(length)):
+        seen = inputs[:, cell * length + place].numpy() * float(mass[row]) ** 0.5
+        for stage, before in ((0, 0), (1, 3)):
+            entry = before + int(natural[row, cell, stage])
+            design[row, :, entry * length + place] += seen
+    outputs = (weight.double() @ inputs.T * mass.double().sqrt()[:, None]).numpy()
+    flat = design.reshape(-1, 5 * length)
+    expected = np.linalg.lstsq(flat, outputs.ravel())[0]
+    found = torch.cat([book[0] for book in solved]).numpy().ravel()
+    # the stages share a constant, so the sums are unique, and not the entries
+    np.testing.assert_allclose(flat @ found, flat @ expected, rtol=1e-4, atol=1e-4)
+    before = torch.cat([book[0] for book in entries]).double().numpy().ravel()
+    assert np.abs(flat @ before - flat @ expected).max() > 1
+
+
+def test_entries_that_nothing_uses_stay():
+    grid = grid_of(Target(normal(20, 16), None, correlated(16)), make())
+    entries, codes = books_of(make(), grid)
+    codes[..., 0].clamp_(max=5)
+    solved = conjugate.solve(grid, entries, codes)
+    assert torch.equal(solved[0][:, 6:], entries[0][:, 6:].double())
+    assert not torch.isclose(solved[0][:, :6], entries[0][:, :6].double()).any()
+
+
+# ------------------------------------------------------------------------------------------------
+# the whole method
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{}, {"codebook_dtype": "int8"}, {"vector_width": 2, "vector_length": 2, "scale_axis": "row"},
+     {"vector_axis": "out", "group_axis": "column", "group_size": 11, "scale_axis": "column"}],
+)  # fmt: skip
+def test_more_rounds_lose_less(fields):
+    weight, hessian = normal(50, 30), correlated(30, seed=3)
+    errors = []
+    for rounds in (0, 1, 2):
+        recipe = Recipe(refits=rounds, iterations=5, propagate=False)
+        tensor = quantize(weight, make(**fields), hessian=hessian, recipe=recipe)
+        tensor.validate()
+        errors.append(output_error(weight, tensor.decode(), hessian))
+    assert errors[2] <= errors[1] < 0.8 * errors[0]
+
+
+def test_propagation_is_the_better_start(minilm_weight):
+    weight, hessian = minilm_weight[:128], correlated(384)
+    errors = {}
+    for name, options in {
+        "plain": {"propagate": False, "refits": 0},
+        "descended": {"propagate": False, "refits": 2},
+        "propagated": {"refits": 0},
+        "both": {"refits": 2},
+    }.items():
+        recipe = Recipe(iterations=5, **options)
+        tensor = quantize(weight, make(stages=(64, 64), vector_length=8), hessian=hessian,
+                          recipe=recipe)  # fmt: skip
+        errors[name] = output_error(weight, tensor.decode(), hessian)
+    assert errors["both"] < 0.5 * errors["plain"]
+    assert errors["descended"] < 0.65 * errors["plain"]
+    assert errors["both"] < min(errors["descended"], errors["propagated"])
+
+
+def test_the_number_of_threads_changes_no_bit(threads, monkeypatch):
+    monkeypatch.setattr("vqkernels.quantize.products.PIECE", 64)
+    weight, hessian, parts = normal(200, 130), correlated(130), []
+    for count in (1, 2):
+        torch.set_num_threads(count)
+        recipe = Recipe(iterations=3, refits=2)
+        parts.append(quantize(weight, make(), hessian=hessian, recipe=recipe).parts)
+    for name, part in parts[0].items():
+        assert torch.equal(part, parts[1][name]), name
