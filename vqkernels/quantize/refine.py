@@ -98,6 +98,6 @@ def stored(stages: Sequence[Stage], entries: Sequence[Tensor], spec: CodebookSpe
     """`stages` with other entries, as the format stores them."""
     found = []
     for stage, book in zip(stages, entries, strict=True):
-        values, scale = rounded(book.float(), spec.codebook_dtype, stage.coefficient)
+        values, scale = rounded(book.float(), spec.codebook_dtype, coefficient=stage.coefficient)
         found.append(dataclasses.replace(stage, values=values, scale=scale))
     return found
