@@ -35,7 +35,7 @@ def fit(target: Target, spec: CodebookSpec, recipe: Recipe, *, seed: int) -> lis
     stages = rq.fit(target, spec, recipe, seed=seed)
     if target.hessian is not None:
         return refine(target, spec, recipe, stages)
-    if len(stages) == 1 or spec.distance != "l2":
+    if len(stages) == 1 or not rq.is_least_squares(spec, recipe):
         return stages
     return _alternated(target.vectors(spec), spec, recipe, stages)
 

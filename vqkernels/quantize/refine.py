@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from vqkernels.errors import UnsupportedError
-from vqkernels.quantize import conjugate, propagate
+from vqkernels.quantize import conjugate, propagate, rq
 from vqkernels.quantize.codebook import Stage, rounded
 from vqkernels.quantize.descent import descend
 from vqkernels.quantize.grid import Grid, grid_of
@@ -86,10 +86,11 @@ def _start(grid: Grid, recipe: Recipe, stages: Sequence[Stage], cells: Tensor) -
 
 def _round(grid: Grid, spec: CodebookSpec, recipe: Recipe, coding: _Coding) -> _Coding:
     """Codebooks for the codes, where better as they are stored; then codes for the codebooks."""
-    solved = conjugate.solve(grid, coding.entries, coding.codes)
-    stages = stored(coding.stages, solved, spec)
-    trial = _Coding.of(grid, stages, coding.codes)
-    best = trial if trial.loss < coding.loss else coding
+    best = coding
+    if rq.is_least_squares(spec, recipe):
+        solved = conjugate.solve(grid, coding.entries, coding.codes)
+        trial = _Coding.of(grid, stored(coding.stages, solved, spec), coding.codes)
+        best = trial if trial.loss < coding.loss else coding
     codes = descend(grid, best.entries, best.codes, beam=recipe.beam)
     return _Coding.of(grid, best.stages, codes)
 

@@ -1,3 +1,4 @@
+import dataclasses
 import itertools
 
 import numpy as np
@@ -205,12 +206,25 @@ def test_without_a_hessian_it_loses_no_more_than_a_residual_quantization():
         assert errors[1] < 0.995 * errors[0]
 
 
+def test_entries_that_have_to_be_vectors_of_the_weight_stay_so():
+    weight, hessian = normal(60, 40), correlated(40)
+    recipe = Recipe(iterations=3, beam=2, refits=2, clustering="medoids")
+    tensor = quantize(weight, make(stages=(8,)), hessian=hessian, recipe=recipe)
+    vectors = {tuple(vector) for vector in weight.reshape(-1, 4).tolist()}
+    book = tensor.parts["codebook_0"].reshape(-1, 4)
+    assert all(tuple(entry) in vectors for entry in book.tolist())
+    more = quantize(weight, make(), hessian=hessian, recipe=recipe)
+    less = quantize(weight, make(), hessian=hessian, recipe=dataclasses.replace(recipe, refits=0))
+    errors = [output_error(weight, found.decode(), hessian) for found in (more, less)]
+    assert errors[0] < errors[1]
+
+
 def test_a_cosine_distance_does_not_go_with_a_full_hessian():
     spec = make(distance="cosine", vector_axis="out")
     with pytest.raises(UnsupportedError, match="distance = 'cosine' doesn't go with") as caught:
-        quantize(normal(50, 30), spec, hessian=correlated(30), recipe=Recipe(iterations=2))
+        quantize(normal(48, 30), spec, hessian=correlated(30), recipe=Recipe(iterations=2))
     assert "\n" not in str(caught.value)
-    quantize(normal(50, 30), spec, hessian=correlated(30).diagonal()).validate()
+    quantize(normal(48, 30), spec, hessian=correlated(30).diagonal()).validate()
 
 
 def test_propagation_is_the_better_start(minilm_weight):

@@ -52,6 +52,21 @@ def test_propagation_on_minilm(minilm_weight):
     assert propagated < 0.45 * plain
 
 
+def test_given_codebooks_get_propagated_codes():
+    weight, hessian = normal(59, 43), correlated(43)
+    tensor = quantize(weight, make(), hessian=hessian, recipe=PLAIN)
+    books = [tensor.parts[f"codebook_{stage}"].float() for stage in range(2)]
+    errors = [
+        output_error(
+            weight,
+            quantize(weight, make(), hessian=hessian, recipe=recipe, codebooks=books).decode(),
+            hessian,
+        )
+        for recipe in (PLAIN, PROPAGATED)
+    ]
+    assert errors[1] < 0.8 * errors[0]
+
+
 def test_without_a_full_hessian_errors_are_weighed():
     weight, diagonal = normal(60, 40), normal(40, seed=1).mul(1.5).exp()
     hessian = diagonal.diag()
