@@ -24,6 +24,7 @@ from vqkernels.quantize.prepare import prepare, target_of
 from vqkernels.quantize.recipe import Recipe
 from vqkernels.quantize.scales import clip_limits
 from vqkernels.quantize.target import Target
+from vqkernels.quantize.tune import tuned
 from vqkernels.spec import CodebookSpec
 from vqkernels.tensor import QuantizedTensor
 
@@ -143,7 +144,10 @@ def _fit(
     target: Target, spec: CodebookSpec, recipe: Recipe, table: Mapping[str, Part], seed: int
 ) -> tuple[dict[str, Tensor], list[Tensor]]:
     """Codebooks as their parts of `table`, and each stage's codes of the unlimited weight."""
-    stages = _method(spec)(target.training(), spec, recipe, seed=seed)
+    training = target.training()
+    stages = _method(spec)(training, spec, recipe, seed=seed)
+    if recipe.tune:
+        stages = tuned(training, spec, recipe, stages)
     found = {f"codebook_{number}": stage.values for number, stage in enumerate(stages)}
     scales = [stage.scale for stage in stages if stage.scale is not None]
     if scales:
