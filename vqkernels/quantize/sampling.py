@@ -25,6 +25,7 @@ from vqkernels.errors import TensorError
 from vqkernels.parts import code_grid, codebook_sets
 from vqkernels.quantize.layout import Vectors
 from vqkernels.quantize.prepare import prepare
+from vqkernels.quantize.recipe import Recipe
 from vqkernels.quantize.target import Target
 from vqkernels.spec import CodebookSpec
 
@@ -50,6 +51,9 @@ Seed = int | tuple[int, ...]
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
 Bools = npt.NDArray[np.bool_]
+
+
+_DEFAULT = Recipe()
 
 
 class CoverageWarning(UserWarning):
@@ -135,11 +139,13 @@ def over_layers(
     size: int,
     *,
     seed: int,
+    recipe: Recipe = _DEFAULT,
     importance: Mapping[str, Tensor] | None = None,
 ) -> Vectors:
     """`size` vectors a book of all layers' weights at most, for codebooks that they share.
 
     weights: `[n, k]` each; read twice, one at a time, where the mapping reads them.
+    recipe: how each layer's scales, rotation and limits are found.
     importance: of each layer's squared errors, where there is one: anything that broadcasts to its
         weight.
 
@@ -164,7 +170,8 @@ def over_layers(
     for number, (name, (n, k)) in enumerate(shapes.items()):
         matrix = weights[name].detach().cpu().float()
         each = None if importance is None else _broad(name, importance.get(name), n, k)
-        vectors = prepare(spec, Target(matrix, each), seed=seed)[0].vectors(spec)
+        target = prepare(spec, Target(matrix, each), recipe, seed=seed)[0]
+        vectors = target.training().vectors(spec)
         some = _sampled(vectors, spec, n, k, shares[number], (seed, number))
         reached.append(_reached(vectors, some, spec, n, k))
         moved = torch.where(some.cells < 0, some.cells, some.cells + before)
