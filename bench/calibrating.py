@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-import importlib
-import json
 import tomllib
 from collections.abc import Iterator, Sequence
 from importlib.resources import files
@@ -15,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bench.available import first_line
+from bench.quality.loading import architecture, load_model, load_tokenizer, max_positions
 from bench.weights import weights_file
 from bench.workload import load_workload
 from vqkernels.errors import BackendError, ContainerError, TensorError
@@ -24,7 +23,7 @@ __all__ = [
     "Batch",
     "Texts",
     "batches",
-    "load_model",
+    "load",
     "model_folder",
     "read_texts",
     "run",
@@ -101,37 +100,18 @@ def model_folder(name: str) -> Path:
     return folder
 
 
-def load_model(folder: Path, device: str = "cpu") -> tuple[nn.Module, Any]:
-    """The model in `folder` and its tokeniser, in float32 on `device`, as their own class.
+def load(folder: Path, device: str = "cpu") -> tuple[nn.Module, Any]:
+    """The model in `folder` and its tokeniser, in float32 on `device`, as the class it names.
 
-    So its modules have the names that the file's tensors have. Nothing is downloaded, and no code
-    of the folder is run. Raises BackendError where transformers or the device is missing, and
-    ContainerError for a folder that transformers can't load, or that lacks some of the weights.
+    So its modules have the names that the file's tensors have. Raises BackendError where
+    transformers or the device is missing, ContainerError for a folder that it can't load, and
+    UnsupportedError for a model that is quantised already.
     """
-    try:
-        transformers = importlib.import_module("transformers")
-    except ImportError as error:
-        raise BackendError(
-            f"{folder}: needs transformers to be run ({error}); run: pip install transformers"
-        ) from error
     place = _device(device)
-    local = {"local_files_only": True, "trust_remote_code": False}
-    with _quiet(transformers), _explained(folder):
-        config = json.loads((folder / "config.json").read_text("utf-8"))
-        name = (config.get("architectures") or ["AutoModel"])[0]
-        kind = getattr(transformers, name, transformers.AutoModel)
-        model, found = kind.from_pretrained(
-            folder, dtype=torch.float32, use_safetensors=True, output_loading_info=True, **local
-        )
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **local)
-    if missing := sorted(found["missing_keys"]):
-        raise ContainerError(
-            f"{folder}: lacks {missing[0]!r} and {len(missing) - 1} more weights of {name}, which "
-            f"would be random; complete the folder"
-        )
-    if hasattr(model.config, "use_cache"):
-        model.config.use_cache = False  # keys and values that no later token asks for
-    return model.to(place), tokenizer
+    model = load_model(folder, architecture(folder)).module
+    config: Any = model.config
+    config.use_cache = False  # keys and values that no later token asks for
+    return model.to(place), load_tokenizer(folder)
 
 
 def batches(model: nn.Module, tokenizer: Any, texts: Sequence[str]) -> Iterator[Batch]:
@@ -140,7 +120,7 @@ def batches(model: nn.Module, tokenizer: Any, texts: Sequence[str]) -> Iterator[
     Lines are cut to as many tokens as the model takes, 512 at most.
     """
     config: Any = model.config
-    limits = (getattr(config, "max_position_embeddings", None), tokenizer.model_max_length, LENGTH)
+    limits = (max_positions(config.to_dict()), tokenizer.model_max_length, LENGTH)
     length = min(limit for limit in limits if limit)
     if tokenizer.pad_token is None:
         # padding counts in no moment, so any token does
@@ -167,7 +147,7 @@ def run(model: nn.Module, batch: Batch) -> object:
         return model(**batch)
     except (IndexError, RuntimeError, TypeError, ValueError) as error:
         raise TensorError(
-            f"its model can't be run over text ({_first_line(error)}); give an encoder or a causal "
+            f"its model can't be run over text ({first_line(error)}); give an encoder or a causal "
             f"language model"
         ) from error
 
@@ -177,35 +157,5 @@ def _device(name: str) -> torch.device:
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:
         raise BackendError(
-            f"device {name!r}: torch can't use it ({_first_line(error)}); use cpu"
+            f"device {name!r}: torch can't use it ({first_line(error)}); use cpu"
         ) from error
-
-
-@contextlib.contextmanager
-def _explained(folder: Path) -> Iterator[None]:
-    """What transformers raises for a folder that it can't load, as a ContainerError of one line."""
-    try:
-        yield
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError, TypeError) as error:
-        raise ContainerError(
-            f"{folder}: transformers can't load it ({_first_line(error)}); check the folder"
-        ) from error
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
-
-
-@contextlib.contextmanager
-def _quiet(transformers: Any) -> Iterator[None]:
-    """Without transformers' own bars and reports, which would run through ours."""
-    logging = transformers.utils.logging
-    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
-        if bars:
-            logging.enable_progress_bar()

@@ -15,7 +15,7 @@ from bench.calibrating import (
     Batch,
     Texts,
     batches,
-    load_model,
+    load,
     model_folder,
     read_texts,
     run,
@@ -81,7 +81,7 @@ def command(
     lines = read_texts(texts)
     folder = model_folder(model)
     _check_target(target)
-    network, tokenizer = load_model(folder, device)
+    network, tokenizer = load(folder, device)
     every = _counted(batches(network, tokenizer, lines), tokens)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", CalibrationWarning)

@@ -64,7 +64,7 @@ class Recipe:
     beam: int = 8
     refits: int = 8
     tune: int = 0
-    commitment: float = 0.25
+    commitment: float = 1.0
     norm_limit: float = 0.0
     merge: float = 0.0
     clip: float = 0.0
