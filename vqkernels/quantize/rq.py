@@ -22,12 +22,16 @@ from vqkernels.quantize.refit import decode, refit, revive
 from vqkernels.quantize.target import Target
 from vqkernels.spec import CodebookSpec
 
-__all__ = ["fit"]
+__all__ = ["fit", "fit_vectors"]
 
 
 def fit(target: Target, spec: CodebookSpec, recipe: Recipe, *, seed: int) -> list[Stage]:
     """The stages of `spec`, coded by beam search over all of them."""
-    vectors = target.vectors(spec)
+    return fit_vectors(target.vectors(spec), spec, recipe, seed=seed)
+
+
+def fit_vectors(vectors: Vectors, spec: CodebookSpec, recipe: Recipe, *, seed: int) -> list[Stage]:
+    """The same for vectors of any matrix, or of several."""
     if len(spec.stages) == 1:
         return [vq.fit_stage(vectors, spec, recipe, 0, seed=seed)]
     stages = _stagewise(vectors, spec, recipe, seed)

@@ -25,6 +25,7 @@ from vqkernels.errors import TensorError
 from vqkernels.parts import code_grid, codebook_sets
 from vqkernels.quantize.layout import Vectors
 from vqkernels.quantize.prepare import prepare
+from vqkernels.quantize.recipe import Recipe
 from vqkernels.quantize.target import Target
 from vqkernels.spec import CodebookSpec
 
@@ -45,6 +46,8 @@ BEYOND, UNREACHED, STRETCHES = 0.05, 0.1, 64
 LEAST = 4
 # Vectors whose norms are found together: 16 MiB of float64 at a length of 8.
 CHUNK = 1 << 18
+
+_DEFAULT = Recipe()
 
 Seed = int | tuple[int, ...]
 Floats = npt.NDArray[np.float64]
@@ -136,12 +139,14 @@ def over_layers(
     *,
     seed: int,
     importance: Mapping[str, Tensor] | None = None,
+    recipe: Recipe = _DEFAULT,
 ) -> Vectors:
     """`size` vectors a book of all layers' weights at most, for codebooks that they share.
 
     weights: `[n, k]` each; read twice, one at a time, where the mapping reads them.
     importance: of each layer's squared errors, where there is one: anything that broadcasts to its
         weight.
+    recipe: what scales, rotations and side columns are found with.
 
     Layers get shares by their number of vectors, none less than a quarter of an equal share; inside
     a layer as `sample` draws. The weights stay unbiased over all layers. Cells go on counting from
@@ -164,7 +169,7 @@ def over_layers(
     for number, (name, (n, k)) in enumerate(shapes.items()):
         matrix = weights[name].detach().cpu().float()
         each = None if importance is None else _broad(name, importance.get(name), n, k)
-        vectors = prepare(spec, Target(matrix, each), seed=seed)[0].vectors(spec)
+        vectors = prepare(spec, Target(matrix, each), recipe, seed=seed)[0].vectors(spec)
         some = _sampled(vectors, spec, n, k, shares[number], (seed, number))
         reached.append(_reached(vectors, some, spec, n, k))
         moved = torch.where(some.cells < 0, some.cells, some.cells + before)
