@@ -9,9 +9,10 @@ import importlib.util
 import shlex
 import sys
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from vqkernels.device import Device
+from vqkernels.errors import BackendError
 from vqkernels.kernel import Kernel
 from vqkernels.presets import PRESETS
 from vqkernels.problem import Problem
@@ -24,6 +25,7 @@ __all__ = [
     "first_line",
     "install_command",
     "install_hint",
+    "load_package",
     "preset_refusals",
 ]
 
@@ -63,6 +65,9 @@ PACKAGES = {
         Package("aqlm", "aqlm[cpu]>=1.1.7", "a peer to compare speed with", light=False),
         Package("faiss", "faiss-cpu>=1.9", "a peer to compare error with", light=False),
         Package("sklearn", "scikit-learn>=1.5", "a peer to compare error with", light=False),
+        Package("transformers", "transformers>=5.0", "models to judge end to end", light=False),
+        Package("sacrebleu", "sacrebleu>=2.4", "BLEU of an evaluator", light=False),
+        Package("rouge_score", "rouge-score>=0.1.2", "ROUGE of an evaluator", light=False),
     )
 }
 
@@ -84,6 +89,17 @@ def check_package(package: Package) -> tuple[Status, str]:
         return "ok", importlib.metadata.version(package.distribution)
     except importlib.metadata.PackageNotFoundError:
         return "ok", "of unknown version"
+
+
+def load_package(module: str) -> Any:
+    """The optional package, imported. Raises BackendError with the command that installs it."""
+    try:
+        return importlib.import_module(module)
+    except Exception as error:  # someone else's package: anything may happen in its import
+        command = install_command(PACKAGES[module].requirement)
+        raise BackendError(
+            f"{module} can't be imported ({first_line(error)}); run: {command}"
+        ) from error
 
 
 def install_command(*requirements: str) -> str:

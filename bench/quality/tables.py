@@ -28,6 +28,7 @@ _SHOWN = (
     "output_cosine",
     "output_cosine_low",
     "output_cosine_worst",
+    "int8_cost",
 )
 _INPUTS = {
     "held-out": "held-out tokens of the calibration",
@@ -185,7 +186,7 @@ def _digits(measures: Mapping[str, float | None]) -> Row:
 
 
 def _short(value: float) -> str:
-    return f"{value:,.0f}" if value == int(value) and abs(value) >= 1 else f"{value:.4g}"
+    return f"{value:,.0f}" if value.is_integer() and abs(value) >= 1 else f"{value:.4g}"
 
 
 def _titled(title: str, table: str, output: str) -> str:

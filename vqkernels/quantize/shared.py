@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 
+import torch
 from torch import Tensor
 
 from vqkernels.quantize import rq
+from vqkernels.quantize.layout import Vectors
 from vqkernels.quantize.recipe import Recipe
 from vqkernels.quantize.sampling import over_layers
+from vqkernels.quantize.target import Target
 from vqkernels.spec import CodebookSpec
 
 __all__ = ["train"]
@@ -18,6 +22,17 @@ __all__ = ["train"]
 PER_ENTRY = 128
 
 _DEFAULT = Recipe()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Sample(Target):
+    """Vectors of several matrices, which make no matrix."""
+
+    sampled: Vectors
+
+    def vectors(self, _: CodebookSpec) -> Vectors:
+        """Those that were sampled."""
+        return self.sampled
 
 
 def train(
@@ -36,7 +51,9 @@ def train(
     """
     size = recipe.sample or PER_ENTRY * spec.max_entries
     vectors = over_layers(weights, spec, size, seed=seed, importance=importance, recipe=recipe)
-    stages = rq.fit_vectors(vectors, spec, recipe, seed=seed)
+    # sampled they are already; all methods are residual ones where no full Hessian is known
+    whole = dataclasses.replace(recipe, sample=0)
+    stages = rq.fit(_Sample(torch.empty(0, 0), sampled=vectors), spec, whole, seed=seed)
     books = len(vectors.points) // spec.subspaces
     return [
         stage.entries.reshape(books, spec.subspaces, entries, spec.vector_size)

@@ -104,7 +104,13 @@ def test_a_sample_that_covers_too_little_is_told(model: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["vq-16x4", FORMAT, f"{FORMAT},codebook_dtype=int8", "pq-m32,stages=16"]
+    "name",
+    [
+        "vq-16x4",
+        f"{FORMAT},coefficients=1+0.5",
+        f"{FORMAT},codebook_dtype=int8",
+        "pq-m32,stages=16",
+    ],
 )
 def test_shared_codebooks_come_near_a_layer_s_own(name: str) -> None:
     spec = parse_format(name)
