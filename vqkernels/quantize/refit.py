@@ -16,7 +16,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from vqkernels.quantize.kmeans.block import workers
+from vqkernels.quantize.products import one_thread
 
 __all__ = ["decode", "refit", "revive", "squared_errors"]
 
@@ -48,7 +48,7 @@ def refit(
     codebooks: of each stage, what unused entries keep.
     weights: `[books, count]`, `[books, count, length]` or None (all 1).
     """
-    with workers():
+    with one_thread():
         system = _System.of(points, codes, codebooks, weights)
         moved = system.factored() if system.is_small else system.by_gradients()
     cuts = np.cumsum([book.shape[1] for book in codebooks])[:-1]
