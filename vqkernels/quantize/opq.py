@@ -29,7 +29,7 @@ __all__ = ["rotation"]
 
 # Vectors of a codebook that the rotation is found with, where the recipe has no sample: it has so
 # few numbers that more move it by less than another seed does.
-SAMPLE = 32768
+SAMPLE = 16384
 # Iterations of the first k-means; each turn is another.
 FIRST = 8
 # Turns from either start, before one is chosen.

@@ -29,8 +29,7 @@ RIDGE = 1e-9
 # that, conjugate gradients are quicker.
 DENSE_ROWS = 1024
 DENSE_PER_VECTOR = 16
-# Conjugate gradients end here, or where the residual is a millionth: half-way codes of random
-# vectors take 10 to 30 steps.
+# Conjugate gradients end here, or where the residual is a millionth.
 STEPS = 60
 TOLERANCE = 1e-6
 
@@ -161,8 +160,9 @@ class _System:
 
     @property
     def is_small(self) -> bool:
-        count = self.left.shape[2]
-        return self.total <= DENSE_ROWS and self.total**2 <= DENSE_PER_VECTOR * count
+        # with one stage the matrix is diagonal, and one step of gradients solves it
+        several, count = len(self.rows) > 1, self.left.shape[2]
+        return several and self.total <= DENSE_ROWS and self.total**2 <= DENSE_PER_VECTOR * count
 
     def factored(self) -> Floats:
         """The change `[books, total, length]`, by Cholesky's factorisation."""

@@ -12,11 +12,9 @@ PQ = {"stages": (256,), "vector_length": 4, "subspaces": 2, "method": "pq"}
 OPQ = {**PQ, "method": "opq", "rotation_size": 8, "side_dtype": "float32"}
 RQ = {"stages": (256, 256), "vector_length": 8, "method": "rq"}
 
-
 GREEDY = Recipe(beam=1, refits=0)
 BEAM = Recipe(beam=5, refits=0)
 REFIT = Recipe(beam=5, refits=2)
-
 WIDE = Recipe(beam=32, refits=2)
 
 CASES = {"vq": (VQ, GREEDY), "pq": (PQ, GREEDY), "rq": (RQ, GREEDY), "beam": (RQ, BEAM),
