@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from vqkernels.errors import UnsupportedError
+from vqkernels.quantize import opq
 from vqkernels.quantize.codebook import round_to
 from vqkernels.quantize.recipe import Recipe
 from vqkernels.quantize.target import Target
@@ -43,7 +44,10 @@ def fit_rotation(target: Target, spec: CodebookSpec, recipe: Recipe, *, seed: in
     """
     kind, size = recipe.rotation, spec.rotation_size
     if kind == "auto":
-        kind = "hadamard"
+        kind = "learned" if spec.method == "opq" else "hadamard"
+    if kind == "learned":
+        found = opq.rotation(target.training(), spec, recipe, seed=seed)
+        return round_to(found, spec.side_dtype, "side_dtype")
     with one_thread():
         if kind == "hadamard":
             found = hadamard(size, seed=seed)
