@@ -45,6 +45,17 @@ def test_propagation_loses_less(fields):
     assert refitted < propagated
 
 
+def test_refits_move_the_codebooks():
+    weight, hessian = normal(59, 43), correlated(43)
+    before, after = (
+        quantize(weight, make(), hessian=hessian, recipe=Recipe(iterations=5, beam=2, refits=count))
+        for count in (0, 1)
+    )
+    moved = after.replace_parts(codes=before.parts["codes"])
+    errors = [output_error(weight, found.decode(), hessian) for found in (before, moved)]
+    assert errors[1] < errors[0]
+
+
 def test_propagation_on_minilm(minilm_weight):
     weight, hessian = minilm_weight[:256, :192], correlated(192)
     spec = make(vector_length=8, stages=(128, 16))
