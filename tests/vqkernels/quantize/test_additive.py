@@ -7,6 +7,8 @@ import torch
 
 from tests.vqkernels.quantize.hessians import correlated, normal, output_error
 from vqkernels.errors import UnsupportedError
+from vqkernels.formats import open_source
+from vqkernels.formats.aqlm import dequantize, export
 from vqkernels.quantize import Recipe, conjugate, quantize
 from vqkernels.quantize.descent import descend
 from vqkernels.quantize.grid import grid_of
@@ -265,6 +267,15 @@ def test_propagation_is_the_better_start(minilm_weight):
     assert errors["both"] < 0.5 * errors["plain"]
     assert errors["descended"] < 0.65 * errors["plain"]
     assert errors["both"] < min(errors["descended"], errors["propagated"])
+
+
+def test_what_it_makes_is_what_the_aqlm_format_holds(tmp_path):
+    spec = make(stages=(16, 16), codebook_dtype="float16", scale_axis="row")
+    tensor = quantize(normal(24, 36), spec, hessian=correlated(36), recipe=Recipe(iterations=3))
+    export(tmp_path / "model", {"layer": tensor})
+    found = open_source(tmp_path / "model")["layer"]
+    assert torch.equal(found.decode(), tensor.decode())
+    assert torch.equal(dequantize(found), dequantize(tensor))
 
 
 def test_the_number_of_threads_changes_no_bit(threads, monkeypatch):
