@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -10,19 +9,15 @@ from torch import Tensor
 
 from vqkernels.errors import TensorError
 from vqkernels.parts import part_table
-from vqkernels.quantize import beam
-from vqkernels.quantize.codebook import Stage, rounded
+from vqkernels.quantize import beam, propagate
+from vqkernels.quantize.codebook import rounded
 from vqkernels.quantize.kmeans import assign
-from vqkernels.quantize.layout import Vectors
 from vqkernels.quantize.recipe import Recipe
-from vqkernels.quantize.refine import refine
 from vqkernels.quantize.target import Target
 from vqkernels.spec import CodebookSpec
 from vqkernels.tensor import scaled_codebook
 
 __all__ = ["codebook_parts", "find_codes"]
-
-_PROPAGATING = ("additive", "vptq")
 
 
 def codebook_parts(
@@ -61,27 +56,14 @@ def codebook_parts(
 def find_codes(
     target: Target, spec: CodebookSpec, parts: Mapping[str, Tensor], recipe: Recipe
 ) -> list[Tensor]:
-    """Codes `[books, count]` of each stage for the codebooks among `parts`.
-
-    With errors propagated where the method would do so.
-    """
+    """Codes `[books, count]` of each stage for the codebooks among `parts`."""
     vectors = target.vectors(spec)
     books = [
         scaled_codebook(spec, parts, stage, torch.float32).flatten(0, 1)
         for stage in range(len(spec.stages))
     ]
-    codes = _nearest(vectors, books, spec, recipe)
-    if target.hessian is None or not recipe.propagate or spec.method not in _PROPAGATING:
-        return codes
-    stages = [Stage(book, None, code) for book, code in zip(books, codes, strict=True)]
-    # no rounds: only the codes are found anew
-    coded = refine(target, spec, dataclasses.replace(recipe, refits=0), stages)
-    return [stage.codes for stage in coded]
-
-
-def _nearest(
-    vectors: Vectors, books: Sequence[Tensor], spec: CodebookSpec, recipe: Recipe
-) -> list[Tensor]:
+    if spec.distance == "l2" and target.hessian is not None and recipe.propagate:
+        return propagate.encode(target, spec, books, recipe)
     if spec.distance == "l2":
         return beam.encode(vectors.points, books, weights=vectors.weights, beam=recipe.beam)
     codes = list[Tensor]()
