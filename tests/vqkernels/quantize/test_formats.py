@@ -100,6 +100,8 @@ def any_format(examples):
 
 def check(fields, recipe, counted):
     spec = drawn(fields)
+    if spec.distance == "cosine" and counted == "hessian":
+        reject()  # a cosine is no error of the layer's output
     inputs = normal(64, K, seed=5)
     options = {
         "": {},
