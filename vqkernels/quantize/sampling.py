@@ -167,6 +167,7 @@ def _chances(mass: Floats, spent: Floats, size: int) -> Floats:
     certain = spent > np.maximum(OUTLIER * mean, largest)
     if size >= CERTAIN:
         np.put_along_axis(certain, spent.argmax(1)[:, None], True, 1)
+    # a book that runs out is certain as a whole; below, that would come out one vector at a time
     certain |= some & (some.sum(1, keepdims=True) <= size)
     measure = shares(mass) + shares(spent)
     while True:
