@@ -61,7 +61,7 @@ class Recipe:
     expiry: float = 0.01
     rate: float = 0.05
     sample: int = 0
-    beam: int = 8
+    beam: int = 16
     refits: int = 8
     tune: int = 0
     commitment: float = 1.0

@@ -34,7 +34,7 @@ def tuned(
     entries, codes = [stage.entries for stage in stages], [stage.codes for stage in stages]
     found = list[Stage]()
     for stage, book, code in zip(stages, *tune(target, spec, entries, codes, recipe), strict=True):
-        values, scale = rounded(book, spec.codebook_dtype, stage.coefficient)
+        values, scale = rounded(book, spec.codebook_dtype, coefficient=stage.coefficient)
         found.append(dataclasses.replace(stage, values=values, scale=scale, codes=code))
     before, after = (_lost(target, spec, some) for some in (stages, found))
     return found if after < before else list(stages)
