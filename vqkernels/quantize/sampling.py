@@ -25,8 +25,10 @@ from vqkernels.quantize.coverage import (
     NORMS,
     Bools,
     Coverage,
+    CoverageWarning,
     Floats,
     Ints,
+    coverage,
     measures,
     reached,
     shares,
@@ -38,7 +40,7 @@ from vqkernels.quantize.recipe import Recipe
 from vqkernels.quantize.target import Target
 from vqkernels.spec import CodebookSpec
 
-__all__ = ["hold_out", "over_layers", "sample"]
+__all__ = ["Coverage", "CoverageWarning", "coverage", "hold_out", "over_layers", "sample"]
 
 # A rare outlier's weighted squared norm is so many times the mean: 6 times the root mean square.
 OUTLIER = 36.0

@@ -13,8 +13,8 @@ from sklearn.model_selection import train_test_split
 
 from vqkernels.errors import TensorError
 from vqkernels.quantize import sampling
-from vqkernels.quantize.coverage import CoverageWarning, coverage
 from vqkernels.quantize.layout import Vectors, block, split
+from vqkernels.quantize.sampling import CoverageWarning, coverage
 from vqkernels.spec import CodebookSpec
 
 
