@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from sklearn.model_selection import train_test_split
 
 from vqkernels.errors import TensorError
-from vqkernels.quantize import sampling
+from vqkernels.quantize import Recipe, sampling
 from vqkernels.quantize.layout import Vectors, block, split
 from vqkernels.quantize.sampling import CoverageWarning, coverage
 from vqkernels.spec import CodebookSpec
@@ -399,6 +399,18 @@ def test_all_vectors_of_all_layers():
         together = sampling.over_layers(weights, spec, size, seed=0)
         assert together.weights is None
         assert together.cells.tolist() == [list(range(48))]
+
+
+def test_a_layers_scales_and_limits_are_those_of_the_recipe():
+    spec = make(scale_axis="row")
+    weights = {"a": normal(40, 64)}
+    weights["a"][3, :4] = 50.0
+    plain = sampling.over_layers(weights, spec, 400, seed=0)
+    limited = sampling.over_layers(weights, spec, 400, seed=0, recipe=Recipe(clip=2))
+    largest = sampling.over_layers(weights, spec, 400, seed=0, recipe=Recipe(scaling="max"))
+    assert float(plain.points.abs().max()) > 3.5
+    assert float(limited.points.abs().max()) < 3.5
+    assert float(largest.points.abs().max()) == pytest.approx(1, rel=1e-3)
 
 
 def test_a_layers_importance_counts_in_its_sample():
