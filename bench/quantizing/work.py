@@ -203,11 +203,11 @@ class WorkFolder:
         return self.path / f"{self._numbers[name]:05}.safetensors"
 
     def _remove_files(self) -> None:
-        """Remove what may be ours, the job last; strangers' files stay."""
+        """Remove what may be ours; strangers' files stay."""
         with explained(self.path):
-            found = [file for file in self.path.iterdir() if _OURS.fullmatch(file.name)]
-            for file in sorted(found, key=lambda file: file.name == _JOB):
-                file.unlink()
+            for file in list(self.path.iterdir()):
+                if _OURS.fullmatch(file.name):
+                    file.unlink()
 
 
 @contextlib.contextmanager
