@@ -7,10 +7,14 @@ from pathlib import Path
 
 import click
 
-from bench.quality.limits import beyond, parse_limit
+from bench.quality.canaries import OWN as OWN_CANARIES
+from bench.quality.limits import beyond, failed_canaries, parse_limit
+from bench.quality.original import MINILM
 from bench.quality.report import read_report, write_report
 from bench.quality.run import Asked, make_report
+from bench.quality.sentences import OWN as OWN_SENTENCES
 from bench.quality.tables import layer_rows, notes, text
+from bench.quality.whole import EndToEnd
 from bench.quantizing.recipes import recipe_of
 from bench.tables import OUTPUTS, render
 
@@ -29,6 +33,17 @@ _PATH = click.Path(path_type=Path)
 @click.option("--weighted", is_flag=True, help="Quantise --format for the calibration's inputs.")
 @click.option("--recipe", "recipe_file", type=_PATH, help="Of --format: a .toml file.")
 @click.option("--set", "settings", metavar="NAME=VALUE", multiple=True, help="A field of Recipe.")
+@click.option(
+    "--end-to-end/--no-end-to-end",
+    "encoder",
+    default=None,
+    help="Run MODEL as a sentence encoder, dense and quantised; of minilm, unasked too.",
+)
+@click.option("--perplexity", "text_file", type=_PATH, help="... as a language model, on a text.")
+@click.option("--evaluator", "evaluators", multiple=True, help="... as this function or command.")
+@click.option("--direction", "directions", multiple=True, help="+NAME: more of it is better; or -.")
+@click.option("--sentences", type=_PATH, help="A TOML file of one's own, for --end-to-end.")
+@click.option("--canaries", type=_PATH, help="A TOML file of one's own; exit code 1 if one fails.")
 @click.option("--json", "target", type=_PATH, help="Write all of it there.")
 @click.option("--limit", "limits", multiple=True, help="E.g. relative_error=0.1; exit code 1 past.")
 @click.option("--totals", is_flag=True, help="No table of the layers.")
@@ -44,6 +59,12 @@ def command(
     weighted: bool,
     recipe_file: Path | None,
     settings: tuple[str, ...],
+    encoder: bool | None,
+    text_file: Path | None,
+    evaluators: tuple[str, ...],
+    directions: tuple[str, ...],
+    sentences: Path | None,
+    canaries: Path | None,
     target: Path | None,
     limits: tuple[str, ...],
     totals: bool,
@@ -64,8 +85,11 @@ def command(
     weights; error and cosine of the outputs `x W^T`; entropy of each stage's codes against that of
     even use, and entries that no code names. docs/quality.md tells how to read it.
 
+    --evaluator is package.module:function, of `model`, `tokenizer` or `folder`, or a command with
+    {model} where the folder goes, whose last line is a JSON object of figures.
+
     --limit NAME=VALUE, of every layer; `total.NAME` of all of them together. Exit code 1 if one is
-    not kept.
+    not kept, or a canary fails.
     """
     asked = [parse_limit(one) for one in limits]
     if model.endswith(".json"):
@@ -75,6 +99,8 @@ def command(
     else:
         if not quantised and not formats:
             raise click.UsageError("give what is quantised: QUANTISED, or --format to do it here")
+        if len(evaluators) != 1 and directions:
+            raise click.UsageError("--direction is of one --evaluator: run it by itself")
         if weighted and not (formats and calibration):
             raise click.UsageError("--weighted is of --format, by a --calibration: add both")
         report = make_report(
@@ -87,6 +113,14 @@ def command(
                 calibration=calibration,
                 weighted=weighted,
                 seed=seed,
+                end_to_end=EndToEnd(
+                    encoder=model == MINILM if encoder is None else encoder,
+                    text=text_file,
+                    evaluators=evaluators,
+                    directions=directions,
+                    sentences=sentences or OWN_SENTENCES,
+                    canaries=canaries or OWN_CANARIES,
+                ),
             )
         )
     if target is not None:
@@ -97,7 +131,8 @@ def command(
         click.echo(render(layer_rows(report), None, output).rstrip("\n"))
     for line in notes(report):
         click.echo(line, err=True)
-    lines = beyond(report, asked)
+    lines = [f"failed: {line}" for line in failed_canaries(report)]
+    lines += [f"beyond its limit: {line}" for line in beyond(report, asked)]
     for line in lines:
-        click.echo(f"beyond its limit: {line}", err=True)
+        click.echo(line, err=True)
     sys.exit(1 if lines else 0)

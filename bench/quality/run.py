@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -14,12 +14,15 @@ from bench.environment import describe_host
 from bench.quality.candidates import Candidate, Job, digests, quantised_here, stored
 from bench.quality.judge import judge
 from bench.quality.original import Original, original_of
-from bench.quality.report import Report
+from bench.quality.report import Judged, Report
+from bench.quality.whole import EndToEnd, folder_of, sections
 from bench.quantizing.choice import Formats, choose
+from bench.sources import View
 from vqkernels.calibration import Calibration, load_calibration
 from vqkernels.device import detect_cpu
 from vqkernels.errors import ContainerError
 from vqkernels.quantize import Recipe
+from vqkernels.tensor import QuantizedTensor
 
 __all__ = ["Asked", "make_report"]
 
@@ -41,6 +44,7 @@ class Asked:
     calibration: Path | None
     weighted: bool
     seed: int
+    end_to_end: EndToEnd
 
 
 def make_report(asked: Asked) -> Report:
@@ -54,12 +58,20 @@ def make_report(asked: Asked) -> Report:
         stored(path, label, asked.patterns) for path, label in _labels(asked.quantised).items()
     ]
     candidates += _here(asked, original, calibration)
+    folder = folder_of(original) if asked.end_to_end else None
     with progress(sum(len(one.tensors) for one in candidates)) as begin:
         step = begin("measuring")
-        found = tuple(
-            judge(one, original, calibration.of_weight, seed=asked.seed, on_layer=step)
-            for one in candidates
-        )
+        found = []
+        for one in candidates:
+            # what is stored is read again when it is needed; what is made here is kept
+            kept: dict[str, QuantizedTensor] = {}
+            keep = None if folder is None or isinstance(one.tensors, View) else kept
+            judged = judge(
+                one, original, calibration.of_weight, seed=asked.seed, on_layer=step, keep=keep
+            )
+            if folder is not None:
+                judged = _run_whole(asked.end_to_end, folder, one, judged, kept)
+            found.append(judged)
     return Report(
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         command=("vqbench", *sys.argv[1:]),
@@ -70,8 +82,24 @@ def make_report(asked: Asked) -> Report:
             "sha256": {name: one for file in original.files for name, one in digests(file).items()},
         },
         calibration=_told(asked.calibration, calibration) if asked.calibration else None,
-        candidates=found,
+        candidates=tuple(found),
     )
+
+
+def _run_whole(
+    asked: EndToEnd,
+    folder: Path,
+    candidate: Candidate,
+    judged: Judged,
+    kept: Mapping[str, QuantizedTensor],
+) -> Judged:
+    """`judged` with its sections."""
+    quantised = kept
+    if isinstance(candidate.tensors, View):
+        quantised = View(candidate.tensors, [layer.layer for layer in judged.layers])
+    if not quantised:
+        return judged  # no layer holds the format
+    return dataclasses.replace(judged, sections=sections(asked, folder, quantised))
 
 
 def _here(asked: Asked, original: Original, calibration: Calibration) -> list[Candidate]:

@@ -72,9 +72,12 @@ def text(report: Report, output: str, *, worst: int, totals: bool) -> str:
         title = f"Worst {worst} by output error"
         parts.append(_titled(title, _worst(report, output, worst), output))
     for one in report.candidates:
-        for name, section in one.sections.items():
-            table = render(section["rows"], None, output)
-            parts.append(_titled(f"{one.label}: {name}", table, output))
+        parts += [
+            _titled(f"{one.label}: {name}{of}", _section(section[rows], output), output)
+            for name, section in one.sections.items()
+            for rows, of in (("rows", ""), ("canaries", ", canaries"))
+            if section.get(rows)
+        ]
     return "\n\n".join(part.strip("\n") for part in parts)
 
 
@@ -152,6 +155,18 @@ def _worst(report: Report, output: str, count: int) -> str:
     names = ("bits", "relative_error", "output_error", "output_cosine", "output_cosine_worst")
     columns = {name: MEASURES[name].heading for name in names}
     return render(rows, _named(report) | {"layer": "layer"} | columns, output)
+
+
+def _section(rows: Sequence[Row], output: str) -> str:
+    """Rows of a section, floats to four digits after the point where they are small."""
+    shown = [
+        {
+            name: f"{value:.4f}" if isinstance(value, float) and abs(value) < 100 else value
+            for name, value in row.items()
+        }
+        for row in rows
+    ]
+    return render(shown, None, output)
 
 
 def _badness(measures: Values) -> float:

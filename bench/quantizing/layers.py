@@ -26,7 +26,7 @@ from vqkernels.formats import TensorFiles
 from vqkernels.parts import check_fit
 from vqkernels.quality import rounding_cost
 from vqkernels.quantize import clip_limits, quantize, squared_errors
-from vqkernels.quantize.sampling import CoverageWarning
+from vqkernels.quantize.coverage import CoverageWarning
 
 __all__ = ["quantize_layers"]
 

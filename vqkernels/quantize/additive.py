@@ -19,13 +19,13 @@ from torch import Tensor
 from vqkernels.quantize import rq
 from vqkernels.quantize.codebook import Stage
 from vqkernels.quantize.layout import Vectors
-from vqkernels.quantize.products import one_thread
 from vqkernels.quantize.recipe import Recipe
 from vqkernels.quantize.refine import GAIN, refine, stored
 from vqkernels.quantize.refit import refit
 from vqkernels.quantize.sums import Sums
 from vqkernels.quantize.target import Target
 from vqkernels.spec import CodebookSpec
+from vqkernels.threads import one_thread
 
 __all__ = ["fit"]
 
@@ -35,7 +35,9 @@ def fit(target: Target, spec: CodebookSpec, recipe: Recipe, *, seed: int) -> lis
     stages = rq.fit(target, spec, recipe, seed=seed)
     if target.hessian is not None:
         return refine(target, spec, recipe, stages)
-    return _alternated(target.vectors(spec), spec, recipe, stages) if len(stages) > 1 else stages
+    if len(stages) == 1 or not rq.is_least_squares(spec, recipe):
+        return stages
+    return _alternated(target.vectors(spec), spec, recipe, stages)
 
 
 @one_thread()
@@ -55,7 +57,7 @@ def _alternated(
         found = _sums(vectors, trial)
         if (lower := _loss(found, codes)) < loss:
             stages, sums, loss = trial, found, lower
-        if loss > (1 - GAIN) * before:
+        if loss >= (1 - GAIN) * before:
             break
     codes = sums.improve(codes, codes)
     return [
