@@ -24,6 +24,7 @@ from vqkernels.calibration import Calibration
 from vqkernels.errors import TensorError, UnsupportedError
 from vqkernels.formats import TensorFiles
 from vqkernels.parts import check_fit
+from vqkernels.quality import rounding_cost
 from vqkernels.quantize import clip_limits, quantize, squared_errors
 from vqkernels.quantize.coverage import CoverageWarning
 
@@ -85,7 +86,11 @@ def _quantize(
         codebooks=shared.of(spec) if shared else None,
     )
     lost, total = squared_errors(weight, tensor)
-    spent = Spent(lost, total, time.perf_counter() - start)
+    int8_lost = 0.0
+    if spec.codebook_dtype == "int8":
+        cost = rounding_cost(weight, tensor)
+        int8_lost = lost * cost / (1 + cost)
+    spent = Spent(lost, total, time.perf_counter() - start, int8_lost)
     clip = clip_limits(weight, job.recipe)
     made = job.made(name, spent.error, clip=clip, calibrated=hessian is not None)
     work.keep(name, tensor, made, spent)

@@ -24,6 +24,8 @@ _COLUMNS = {
     "error": "relative error",
     "seconds": "seconds",
 }
+# Of formats whose entries are int8.
+_INT8 = {"int8": "int8 cost %"}
 
 
 def report(layers: Sequence[Layer], choice: Choice, refused: Mapping[str, str]) -> None:
@@ -32,7 +34,8 @@ def report(layers: Sequence[Layer], choice: Choice, refused: Mapping[str, str]) 
     rows = [_row(name, found.get(name), choice) for name in choice.formats]
     if len(layers) > 1:
         rows.append(_total(layers))
-    click.echo(render(rows, _COLUMNS, "table").strip("\n"))
+    columns = _COLUMNS | (_INT8 if any("int8" in row for row in rows) else {})
+    click.echo(render(rows, columns, "table").strip("\n"))
     for name, reason in refused.items():
         click.echo(f"refused {name}: {reason}", err=True)
     for reason, names in choice.skipped.items():
@@ -44,7 +47,8 @@ def _row(name: str, layer: Layer | None, choice: Choice) -> Row:
     n, k = choice.shapes[name]
     row: Row = {"layer": name, "shape": f"{n}x{k}", "status": "refused"}
     if layer is not None:
-        row |= {"status": "ok", **_numbers(layer.info.bits, layer.spent)}
+        of_int8 = layer.info.spec.codebook_dtype == "int8"
+        row |= {"status": "ok", **_numbers(layer.info.bits, layer.spent, of_int8)}
     return row
 
 
@@ -52,11 +56,13 @@ def _total(layers: Sequence[Layer]) -> Row:
     bits, spent = BitCount(), Spent(0.0, 0.0, 0.0)
     for layer in layers:
         bits, spent = bits + layer.info.bits, spent + layer.spent
-    return {"layer": "all", "status": "ok", **_numbers(bits, spent)}
+    of_int8 = any(layer.info.spec.codebook_dtype == "int8" for layer in layers)
+    return {"layer": "all", "status": "ok", **_numbers(bits, spent, of_int8)}
 
 
-def _numbers(bits: BitCount, spent: Spent) -> Row:
+def _numbers(bits: BitCount, spent: Spent, of_int8: bool) -> Row:
     return {
+        **({"int8": f"{100 * spent.int8_cost:+.2f}"} if of_int8 else {}),
         "bits": f"{bits.per_weight():.4f}",
         "error": f"{spent.error:.4f}",
         "seconds": spent.seconds,

@@ -36,14 +36,25 @@ _OURS = re.compile(r"job\.json|\d{5,}\.safetensors|output|\.vqbench-[0-9a-f]{32}
 
 @dataclasses.dataclass(frozen=True)
 class Spent:
-    """What a layer cost: `lost` of `total`, sums of squares of error and weight, and time."""
+    """What a layer cost: `lost` of `total`, sums of squares of error and weight, and time.
+
+    int8_lost: how much of `lost` is due to int8 entries, by `rounding_cost`; 0 without them.
+    """
 
     lost: float
     total: float
     seconds: float
+    int8_lost: float = 0.0
 
     def __add__(self, other: Spent) -> Spent:
-        return Spent(self.lost + other.lost, self.total + other.total, self.seconds + other.seconds)
+        pairs = zip(dataclasses.astuple(self), dataclasses.astuple(other), strict=True)
+        return Spent(*(mine + its for mine, its in pairs))
+
+    @property
+    def int8_cost(self) -> float:
+        """By what share the error is larger than with the best float32 entries."""
+        exact = self.lost - self.int8_lost
+        return self.int8_lost / exact if exact else 0.0
 
     @property
     def error(self) -> float:
@@ -192,11 +203,11 @@ class WorkFolder:
         return self.path / f"{self._numbers[name]:05}.safetensors"
 
     def _remove_files(self) -> None:
-        """Remove what may be ours, the job last; strangers' files stay."""
+        """Remove what may be ours; strangers' files stay."""
         with explained(self.path):
-            found = [file for file in self.path.iterdir() if _OURS.fullmatch(file.name)]
-            for file in sorted(found, key=lambda file: file.name == _JOB):
-                file.unlink()
+            for file in list(self.path.iterdir()):
+                if _OURS.fullmatch(file.name):
+                    file.unlink()
 
 
 @contextlib.contextmanager

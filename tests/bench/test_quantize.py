@@ -418,6 +418,20 @@ def test_the_last_row_is_of_all(model: Path, tmp_path: Path) -> None:
     assert row[3:5] == [f"{bits / weights:.4f}", f"{lost / total:.4f}"]
 
 
+def test_what_int8_entries_cost_is_told(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(layers, "rounding_cost", lambda weight, tensor: 0.25)
+    int8 = "vq-16x4,codebook_dtype=int8"
+    result = run(model, tmp_path, "--layer-format", "*query*=vq-16x4", name=int8)
+    rows = {line.split()[0]: line.split() for line in result.stdout.splitlines() if line.strip()}
+    assert rows["layer"][-3:] == ["int8", "cost", "%"]
+    assert rows["0.output.weight"][-1] == "+25.00"
+    assert rows["0.query.weight"][-1] == "-"
+    assert 0 < float(rows["all"][-1]) < 25
+    assert "int8" not in run(model, tmp_path, name="vq-16x4").stdout
+
+
 # ------------------------------------------------------------------------------------------------
 # bad input
 

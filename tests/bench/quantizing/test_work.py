@@ -7,6 +7,7 @@ import re
 import weakref
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -123,6 +124,45 @@ def test_equals_what_save_writes(model: Path, tmp_path: Path) -> None:
             codes=codes,
         )
         assert (tmp_path / "saved").read_bytes() == found
+
+
+def test_codes_are_stored_as_asked(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked, save_really = [], container.save
+
+    def save_and_tell(*arguments: Any, **options: Any) -> None:
+        asked.append(options["codes"])
+        save_really(*arguments, **options)
+
+    monkeypatch.setattr(container, "save", save_and_tell)
+    assert run(model, tmp_path / "out", "--codes", "ans").exit_code == 0
+    assert asked == ["ans"] * 4
+
+
+def test_what_a_killed_run_half_wrote_is_removed_at_once(
+    model: Path, begun: Path, stop: Stop
+) -> None:
+    half = begun / WORK / f".vqbench-{'0' * 32}.tmp"
+    half.write_bytes(bytes(100))
+    stop(at=0)
+    assert run(model, begun).exit_code == 130
+    assert not half.exists()
+
+
+def test_what_is_done_needs_no_space_again(
+    model: Path, begun: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=0))
+    half, whole = (
+        int(
+            re.search(r"needs ([\d,]+) bytes", str(run(model, folder).exception))[1].replace(
+                ",", ""
+            )
+        )
+        for folder in (begun, tmp_path / "new")
+    )
+    assert half == whole * 3 / 4  # two of four layers, and the output
 
 
 def test_order_is_the_model_s_whatever_was_done_before(
