@@ -42,7 +42,9 @@ def codebook_parts(
         book = entries.detach().cpu().float()
         if not bool(torch.isfinite(book).all()):
             raise TensorError(f"codebooks: stage {stage} holds NaN or infinity; train it again")
-        values, scale = rounded(book.flatten(0, 1), spec.codebook_dtype, spec.coefficient(stage))
+        values, scale = rounded(
+            book.flatten(0, 1), spec.codebook_dtype, coefficient=spec.coefficient(stage)
+        )
         parts[f"codebook_{stage}"] = values.reshape(part.shape)
         if scale is not None:
             scales.append(scale)

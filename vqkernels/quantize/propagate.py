@@ -33,7 +33,7 @@ def encode(grid: Grid, entries: Sequence[Tensor], *, beam: int, damping: float) 
     """
     factor = _factor(damped(grid.hessian, damping))
     left = grid.matrix.clone()
-    codes = torch.empty(grid.rows, grid.columns, len(entries), dtype=torch.int64)
+    codes = torch.zeros(grid.rows, grid.columns, len(entries), dtype=torch.int64)
     for columns in blocks(grid):
         first, last = grid.edges[columns[0]], grid.edges[columns[-1] + 1]
         errors = torch.empty(len(left), last - first, dtype=torch.float64)
@@ -49,10 +49,14 @@ def encode(grid: Grid, entries: Sequence[Tensor], *, beam: int, damping: float) 
     return codes
 
 
-def blocks(grid: Grid) -> list[range]:
-    """The columns of cells in runs of about `LAZY` inputs."""
+def blocks(grid: Grid) -> list[list[int]]:
+    """The columns of cells in runs of about `LAZY` inputs.
+
+    A column without inputs (of a stride's last block) decodes to nothing, and keeps its codes.
+    """
+    columns = [c for c in range(grid.columns) if grid.edges[c] < grid.edges[c + 1]]
     step = max(1, LAZY // grid.span)
-    return [range(first, min(first + step, grid.columns)) for first in range(0, grid.columns, step)]
+    return [columns[first : first + step] for first in range(0, len(columns), step)]
 
 
 def column_order(diagonal: Tensor) -> Tensor:

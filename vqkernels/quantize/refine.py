@@ -23,7 +23,7 @@ from vqkernels.quantize.recipe import Recipe
 from vqkernels.quantize.target import Target
 from vqkernels.spec import CodebookSpec
 
-__all__ = ["refine"]
+__all__ = ["GAIN", "refine", "stored"]
 
 # A round that gains less than this share of the error is the last.
 GAIN = 0.005
@@ -31,12 +31,20 @@ GAIN = 0.005
 
 @dataclasses.dataclass(frozen=True)
 class _Coding:
-    """Books as they are stored and as they decode, codes by the grid's columns, and their loss."""
+    """Books as they are stored (`stages`), codes by the grid's columns, and what they lose."""
 
     stages: Sequence[Stage]
-    entries: Sequence[Tensor]
     codes: Tensor
     loss: float
+
+    @classmethod
+    def of(cls, grid: Grid, stages: Sequence[Stage], codes: Tensor) -> _Coding:
+        entries = [stage.entries for stage in stages]
+        return cls(stages, codes, grid.loss(grid.matrix - grid.decode(entries, codes)))
+
+    @property
+    def entries(self) -> list[Tensor]:
+        return [stage.entries for stage in self.stages]
 
 
 @one_thread()
@@ -49,7 +57,7 @@ def refine(
     """
     grid = grid_of(target, spec)
     cells = target.vectors(spec).cells
-    coding = _start(grid, spec, recipe, stages, cells)
+    coding = _start(grid, recipe, stages, cells)
     for _ in range(recipe.refits):
         before = coding.loss
         coding = _round(grid, spec, recipe, coding)
@@ -64,40 +72,32 @@ def refine(
     ]
 
 
-def _start(
-    grid: Grid, spec: CodebookSpec, recipe: Recipe, stages: Sequence[Stage], cells: Tensor
-) -> _Coding:
-    entries = [stage.entries for stage in stages]
+def _start(grid: Grid, recipe: Recipe, stages: Sequence[Stage], cells: Tensor) -> _Coding:
     if recipe.propagate:
+        entries = [stage.entries for stage in stages]
         codes = propagate.encode(grid, entries, beam=recipe.beam, damping=recipe.damping)
     else:
         inside = cells >= 0
         flat = torch.zeros(grid.rows * grid.columns, len(stages), dtype=torch.int64)
         flat[cells[inside]] = torch.stack([stage.codes for stage in stages], dim=-1)[inside]
         codes = flat.reshape(grid.rows, grid.columns, -1)[:, grid.order]
-    return _coding(grid, stages, entries, codes)
+    return _Coding.of(grid, stages, codes)
 
 
 def _round(grid: Grid, spec: CodebookSpec, recipe: Recipe, coding: _Coding) -> _Coding:
     """Codebooks for the codes, where better as they are stored; then codes for the codebooks."""
     solved = conjugate.solve(grid, coding.entries, coding.codes)
-    stages = [
-        _stored(stage, entries.float(), spec)
-        for stage, entries in zip(coding.stages, solved, strict=True)
-    ]
-    trial = _coding(grid, stages, [stage.entries for stage in stages], coding.codes)
+    stages = stored(coding.stages, solved, spec)
+    trial = _Coding.of(grid, stages, coding.codes)
     best = trial if trial.loss < coding.loss else coding
     codes = descend(grid, best.entries, best.codes, beam=recipe.beam)
-    return _coding(grid, best.stages, best.entries, codes)
+    return _Coding.of(grid, best.stages, codes)
 
 
-def _coding(
-    grid: Grid, stages: Sequence[Stage], entries: Sequence[Tensor], codes: Tensor
-) -> _Coding:
-    loss = grid.loss(grid.matrix - grid.decode(entries, codes))
-    return _Coding(stages, entries, codes, loss)
-
-
-def _stored(stage: Stage, entries: Tensor, spec: CodebookSpec) -> Stage:
-    values, scale = rounded(entries, spec.codebook_dtype, stage.coefficient)
-    return dataclasses.replace(stage, values=values, scale=scale)
+def stored(stages: Sequence[Stage], entries: Sequence[Tensor], spec: CodebookSpec) -> list[Stage]:
+    """`stages` with other entries, as the format stores them."""
+    found = []
+    for stage, book in zip(stages, entries, strict=True):
+        values, scale = rounded(book.float(), spec.codebook_dtype, coefficient=stage.coefficient)
+        found.append(dataclasses.replace(stage, values=values, scale=scale))
+    return found

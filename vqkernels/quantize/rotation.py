@@ -19,7 +19,7 @@ from torch import Tensor
 
 from vqkernels.errors import UnsupportedError
 from vqkernels.quantize.codebook import round_to
-from vqkernels.quantize.one_thread import one_thread
+from vqkernels.quantize.products import one_thread
 from vqkernels.quantize.recipe import Recipe
 from vqkernels.quantize.target import Target
 from vqkernels.spec import CodebookSpec

@@ -24,7 +24,6 @@ from torch import Tensor
 from vqkernels.errors import TensorError
 from vqkernels.parts import code_grid, codebook_sets
 from vqkernels.quantize.layout import Vectors
-from vqkernels.quantize.prepare import prepare
 from vqkernels.quantize.target import Target
 from vqkernels.spec import CodebookSpec
 
@@ -148,6 +147,9 @@ def over_layers(
     layer to layer. Raises TensorError for what is no matrix, and for layers with other numbers of
     books. Warns as `sample`.
     """
+    # here, not above: side columns and rotations may need codebooks, which are trained on samples
+    from vqkernels.quantize.prepare import prepare
+
     shapes = {name: _shape(name, weight) for name, weight in weights.items()}
     if not shapes:
         raise TensorError("over_layers: there are no layers; give one at least")

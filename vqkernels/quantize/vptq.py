@@ -15,6 +15,7 @@ from vqkernels.quantize.codebook import Stage
 from vqkernels.quantize.layout import join, split
 from vqkernels.quantize.recipe import Recipe
 from vqkernels.quantize.refine import refine
+from vqkernels.quantize.sampling import sample
 from vqkernels.quantize.target import Target
 from vqkernels.spec import CodebookSpec
 
@@ -23,10 +24,20 @@ __all__ = ["fit", "outlier_codebook"]
 
 def fit(target: Target, spec: CodebookSpec, recipe: Recipe, *, seed: int) -> list[Stage]:
     """The stages of `spec`: main first; vectors of any axis, stride, groups and subspaces."""
-    stages = rq.fit(target, spec, recipe, seed=seed)
     if target.hessian is None or not recipe.propagate:
-        return stages
-    return refine(target, spec, recipe, stages)
+        return rq.fit(target, spec, recipe, seed=seed)
+    return refine(target, spec, recipe, _trained(target, spec, recipe, seed))
+
+
+def _trained(target: Target, spec: CodebookSpec, recipe: Recipe, seed: int) -> list[Stage]:
+    """The stages' codebooks, each of what those before it leave; codes of the sample alone."""
+    n, k = target.matrix.shape
+    vectors, stages = target.vectors(spec), list[Stage]()
+    vectors = sample(vectors, spec, n, k + spec.side_columns, recipe.sample, seed=seed)
+    for stage in range(len(spec.stages)):
+        stages.append(vq.fit_stage(vectors, spec, recipe, stage, seed=seed))
+        vectors = vectors.minus(stages[-1].decode())
+    return stages
 
 
 def outlier_codebook(

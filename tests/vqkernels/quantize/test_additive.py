@@ -12,14 +12,10 @@ from vqkernels.quantize.target import Target
 from vqkernels.spec import CodebookSpec
 
 SHAPES = [
-    {},
-    {"vector_width": 2},
     {"vector_width": 3, "vector_length": 3, "stride": 2},
-    {"vector_axis": "out"},
-    {"vector_axis": "out", "stride": 2, "subspaces": 2},
-    {"stride": 4, "subspaces": 2},
     {"vector_width": 3, "group_axis": "row", "group_size": 15},
-    {"group_axis": "column", "group_size": 16},
+    {"stride": 4, "subspaces": 2, "group_axis": "column", "group_size": 16},
+    {"vector_axis": "out", "stride": 2, "subspaces": 2},
     {"vector_axis": "out", "group_axis": "column", "group_size": 11},
     {"vector_axis": "out", "group_axis": "row", "group_size": 16},
 ]
@@ -105,11 +101,11 @@ def test_descent_is_often_the_best_of_all_codings():
 @pytest.mark.parametrize("fields", SHAPES)
 def test_a_sweep_never_loses(fields):
     spec = make(**fields)
-    target = Target(normal(50, 46), None, correlated(46), normal(50, seed=4).exp())
+    target = Target(normal(50, 25), None, correlated(25), normal(50, seed=4).exp())
     grid = grid_of(target, spec)
     entries, codes = books_of(spec, grid)
     losses = [loss_of(grid, entries, codes)]
-    for _ in range(3):
+    for _ in range(2):
         codes = descend(grid, entries, codes, beam=2)
         losses.append(loss_of(grid, entries, codes))
     assert losses == sorted(losses, reverse=True)
@@ -182,13 +178,13 @@ def test_entries_that_nothing_uses_stay():
 
 @pytest.mark.parametrize(
     "fields",
-    [*SHAPES, {"codebook_dtype": "int8"}, {"codebook_dtype": "bfloat16"}, {"scale_axis": "row"},
-     {"vector_axis": "out", "scale_axis": "column"}],
+    [{}, {"codebook_dtype": "int8"}, {"vector_width": 2, "vector_length": 2, "scale_axis": "row"},
+     {"vector_axis": "out", "group_axis": "column", "group_size": 11, "scale_axis": "column"}],
 )  # fmt: skip
 def test_more_rounds_lose_less(fields):
-    weight, hessian = normal(50, 46), correlated(46, seed=3)
+    weight, hessian = normal(50, 30), correlated(30, seed=3)
     errors = []
-    for rounds in (0, 1, 3):
+    for rounds in (0, 1, 2):
         recipe = Recipe(refits=rounds, iterations=5, propagate=False)
         tensor = quantize(weight, make(**fields), hessian=hessian, recipe=recipe)
         tensor.validate()
@@ -197,7 +193,7 @@ def test_more_rounds_lose_less(fields):
 
 
 def test_propagation_is_the_better_start(minilm_weight):
-    weight, hessian = minilm_weight[:256], correlated(384)
+    weight, hessian = minilm_weight[:128], correlated(384)
     errors = {}
     for name, options in {
         "plain": {"propagate": False, "refits": 0},
@@ -216,7 +212,7 @@ def test_propagation_is_the_better_start(minilm_weight):
 
 def test_the_number_of_threads_changes_no_bit(threads, monkeypatch):
     monkeypatch.setattr("vqkernels.quantize.products.PIECE", 64)
-    weight, hessian, parts = normal(400, 130), correlated(130), []
+    weight, hessian, parts = normal(200, 130), correlated(130), []
     for count in (1, 2):
         torch.set_num_threads(count)
         recipe = Recipe(iterations=3, refits=2)
