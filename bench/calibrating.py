@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-import importlib
-import json
 import tomllib
 from collections.abc import Iterator, Sequence
 from importlib.resources import files
@@ -13,16 +10,33 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from bench.available import first_line
+from bench.quality.loading import architecture, load_model, load_tokenizer, max_positions
 from bench.weights import weights_file
 from bench.workload import load_workload
-from vqkernels.errors import BackendError, ContainerError
+from vqkernels.errors import BackendError, ContainerError, TensorError
 
-__all__ = ["BUILT_IN", "Texts", "batches", "load_model", "model_folder", "read_texts"]
+__all__ = [
+    "BUILT_IN",
+    "Batch",
+    "Texts",
+    "batches",
+    "load",
+    "model_folder",
+    "read_texts",
+    "run",
+]
+
+Batch = dict[str, Tensor]
 
 MINILM = "minilm"
 BUILT_IN = "calibration_texts.toml"
+VOCABULARIES = (
+    "tokenizer.json", "tokenizer.model", "vocab.txt", "vocab.json", "spiece.model",
+    "sentencepiece.bpe.model",
+)  # fmt: skip
 # Lines that run together: enough to fill two cores, few enough for 512 tokens of a large model.
 BATCH = 16
 # Tokens of a line, if neither the model nor its tokeniser takes fewer.
@@ -78,56 +92,43 @@ def model_folder(name: str) -> Path:
             f"{folder}: holds no .safetensors file; vqbench never loads pickles, which can run "
             f"code: convert the weights to safetensors"
         )
+    if not any((folder / name).is_file() for name in VOCABULARIES):
+        # without one, transformers makes a tokeniser that knows no word
+        raise ContainerError(
+            f"{folder}: holds no tokeniser ({', '.join(VOCABULARIES)}); add the model's own"
+        )
     return folder
 
 
-def load_model(folder: Path) -> tuple[nn.Module, Any]:
-    """The model in `folder` and its tokeniser, in float32 on the CPU, as their own class.
+def load(folder: Path, device: str = "cpu") -> tuple[nn.Module, Any]:
+    """The model in `folder` and its tokeniser, in float32 on `device`, as the class it names.
 
-    So its modules have the names that the file's tensors have. Nothing is downloaded, and no code
-    of the folder is run. Raises BackendError where transformers is missing, and ContainerError for
-    a folder that it can't load, or that lacks some of the weights.
+    So its modules have the names that the file's tensors have. Raises BackendError where
+    transformers or the device is missing, ContainerError for a folder that it can't load, and
+    UnsupportedError for a model that is quantised already.
     """
-    try:
-        transformers = importlib.import_module("transformers")
-    except ImportError as error:
-        raise BackendError(
-            f"{folder}: needs transformers to be run ({error}); run: pip install transformers"
-        ) from error
-    local = {"local_files_only": True, "trust_remote_code": False}
-    with _quiet(transformers), _explained(folder):
-        config = json.loads((folder / "config.json").read_text("utf-8"))
-        name = (config.get("architectures") or ["AutoModel"])[0]
-        kind = getattr(transformers, name, transformers.AutoModel)
-        model, found = kind.from_pretrained(
-            folder, dtype=torch.float32, use_safetensors=True, output_loading_info=True, **local
-        )
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **local)
-    if missing := sorted(found["missing_keys"]):
-        raise ContainerError(
-            f"{folder}: lacks {missing[0]!r} and {len(missing) - 1} more weights of {name}, which "
-            f"would be random; complete the folder"
-        )
-    return model, tokenizer
+    place = _device(device)
+    model = load_model(folder, architecture(folder)).module
+    config: Any = model.config
+    config.use_cache = False  # keys and values that no later token asks for
+    return model.to(place), load_tokenizer(folder)
 
 
-def batches(model: nn.Module, tokenizer: Any, texts: Sequence[str]) -> list[Any]:
+def batches(model: nn.Module, tokenizer: Any, texts: Sequence[str]) -> Iterator[Batch]:
     """`texts` as the model takes them: BATCH lines each, padded, with an attention mask.
 
-    Lines are cut to as many tokens as the model takes, 512 at most. A line that gives no token is
-    left out.
+    Lines are cut to as many tokens as the model takes, 512 at most.
     """
     config: Any = model.config
-    limits = (getattr(config, "max_position_embeddings", None), tokenizer.model_max_length, LENGTH)
+    limits = (max_positions(config.to_dict()), tokenizer.model_max_length, LENGTH)
     length = min(limit for limit in limits if limit)
     if tokenizer.pad_token is None:
         # padding counts in no moment, so any token does
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
     # on the right: there it leaves the positions of the other tokens alone
     tokenizer.padding_side = "right"
-    found = []
     for first in range(0, len(texts), BATCH):
-        batch = tokenizer(
+        batch: Batch = tokenizer(
             list(texts[first : first + BATCH]),
             truncation=True,
             max_length=length,
@@ -135,32 +136,26 @@ def batches(model: nn.Module, tokenizer: Any, texts: Sequence[str]) -> list[Any]
             return_attention_mask=True,
             return_tensors="pt",
         )
-        found.append(batch)
-    return found
+        if batch["input_ids"].numel():
+            # no more than these: some tokenisers give what their model doesn't take
+            yield {name: batch[name] for name in ("input_ids", "attention_mask")}
 
 
-@contextlib.contextmanager
-def _explained(folder: Path) -> Iterator[None]:
-    """What transformers raises for a folder that it can't load, as a ContainerError of one line."""
+def run(model: nn.Module, batch: Batch) -> object:
+    """The model's output. Raises TensorError for a model that needs more than text."""
     try:
-        yield
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError, TypeError) as error:
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise ContainerError(
-            f"{folder}: transformers can't load it ({reason}); check the folder"
+        return model(**batch)
+    except (IndexError, RuntimeError, TypeError, ValueError) as error:
+        raise TensorError(
+            f"its model can't be run over text ({first_line(error)}); give an encoder or a causal "
+            f"language model"
         ) from error
 
 
-@contextlib.contextmanager
-def _quiet(transformers: Any) -> Iterator[None]:
-    """Without transformers' own bars and reports, which would run through ours."""
-    logging = transformers.utils.logging
-    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+def _device(name: str) -> torch.device:
     try:
-        yield
-    finally:
-        logging.set_verbosity(level)
-        if bars:
-            logging.enable_progress_bar()
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise BackendError(
+            f"device {name!r}: torch can't use it ({first_line(error)}); use cpu"
+        ) from error

@@ -5,13 +5,21 @@ from __future__ import annotations
 import math
 import os
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import click
 
-from bench.calibrating import Texts, batches, load_model, model_folder, read_texts
+from bench.calibrating import (
+    Batch,
+    Texts,
+    batches,
+    load,
+    model_folder,
+    read_texts,
+    run,
+)
 from bench.conversion import progress
 from bench.tables import OUTPUTS, render
 from vqkernels.calibration import (
@@ -50,6 +58,7 @@ _COLUMNS = {
     type=click.FloatRange(0, 0.5, max_open=True),
     help="Share of the lines that layers' outputs are tested with.",
 )
+@click.option("--device", default="cpu", show_default=True, help="What the model runs on.")
 @click.option("--form", type=click.Choice(OUTPUTS), default="table", help="Of what is printed.")
 def command(
     model: str,
@@ -59,6 +68,7 @@ def command(
     patterns: tuple[str, ...],
     tokens: int | None,
     holdout: float,
+    device: str,
     form: str,
 ) -> None:
     """Run MODEL over text, and write what its linear layers are given to FILE.
@@ -71,7 +81,7 @@ def command(
     lines = read_texts(texts)
     folder = model_folder(model)
     _check_target(target)
-    network, tokenizer = load_model(folder)
+    network, tokenizer = load(folder, device)
     every = _counted(batches(network, tokenizer, lines), tokens)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", CalibrationWarning)
@@ -83,6 +93,7 @@ def command(
                     layers=patterns or None,
                     full=full,
                     holdout=holdout,
+                    forward=run,
                 )
             except TensorError as error:
                 raise TensorError(f"{folder}: {error}") from error
@@ -109,7 +120,7 @@ def _check_target(target: Path) -> None:
             ) from error
 
 
-def _counted(every: Sequence[Any], tokens: int | None) -> list[Any]:
+def _counted(every: Iterable[Batch], tokens: int | None) -> list[Batch]:
     """The batches that hold the first `tokens` tokens; all for None."""
     found, left = [], math.inf if tokens is None else tokens
     for batch in every:
@@ -120,7 +131,7 @@ def _counted(every: Sequence[Any], tokens: int | None) -> list[Any]:
     return found
 
 
-def _shown(every: Sequence[Any], step: Any) -> Iterator[Any]:
+def _shown(every: Sequence[Batch], step: Callable[[str], None]) -> Iterator[Batch]:
     """Each batch; `step` is called when the next one is asked for."""
     for batch in every:
         yield batch

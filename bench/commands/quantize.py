@@ -61,6 +61,7 @@ _MAX_SEED = (1 << 63) - 1  # what a container's metadata holds
     type=click.Path(path_type=Path),
     help="How errors count: a file of `vqbench calibrate`.",
 )
+@click.option("--shared", is_flag=True, help="Layers of one format share their codebooks.")
 @click.option("--name", help="Of the output, instead of MODEL.FORMAT.")
 @click.option("--author", help="Who makes it, for the output's provenance.")
 @click.option(
@@ -86,6 +87,7 @@ def command(
     settings: tuple[str, ...],
     iterations: int | None,
     calibration_file: Path | None,
+    shared: bool,
     name: str | None,
     author: str | None,
     codes: Coding,
@@ -120,6 +122,7 @@ def command(
         recipe=recipe,
         bias=bias,
         codes=codes,
+        shared=shared,
         calibration=(
             (calibration_file.name, sha256_of([calibration_file])) if calibration_file else None
         ),

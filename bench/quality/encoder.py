@@ -32,6 +32,9 @@ __all__ = ["Encoder", "load_encoder"]
 _MODULES = "modules.json"
 _SETTINGS = "sentence_bert_config.json"
 
+_MOST_TOKENS = 512  # where neither model nor tokenizer says
+_NO_LIMIT = 10**9  # a tokenizer that knows none says 10^30
+
 _POOLING = ("mean", "cls", "max", "lasttoken")  # by sentence-transformers' names
 
 
@@ -51,9 +54,18 @@ class Encoder:
     lower: bool
 
     def tokens(self, texts: Sequence[str]) -> list[list[int]]:
-        """The token ids of each text, cut to `max_tokens`."""
+        """The token ids of each text, cut to `max_tokens`.
+
+        Raises ContainerError where the model doesn't know one, or a text has none.
+        """
         given = [text.lower() if self.lower else text for text in texts]
         ids = self.tokenizer(given, truncation=True, max_length=self.max_tokens)["input_ids"]
+        if empty := [text for text, found in zip(texts, ids, strict=True) if not found]:
+            raise ContainerError(
+                f"{self.model.folder}: its tokenizer gives nothing for {empty[0][:40]!r}; "
+                f"leave that text out"
+            )
+        self.model.check_vocabulary(max(map(max, ids)))
         return [list(map(int, one)) for one in ids]
 
     def embed(self, tokens: Sequence[Sequence[int]], *, batch: int) -> NDArray[np.float64]:
@@ -82,8 +94,7 @@ class Encoder:
         for row, text in enumerate(tokens):
             ids[row, : len(text)] = torch.tensor(text)
             mask[row, : len(text)] = 1
-        with torch.inference_mode():
-            hidden = self.model.module(input_ids=ids, attention_mask=mask).last_hidden_state
+        hidden = self.model.run(input_ids=ids, attention_mask=mask).last_hidden_state
         return _pooled(hidden.double(), mask, self.pooling)
 
 
@@ -97,9 +108,9 @@ def load_encoder(folder: Path) -> Encoder:
     pooling = _pooling(folder)
     settings = read_json(folder / _SETTINGS) if (folder / _SETTINGS).is_file() else {}
     tokenizer = load_tokenizer(folder)
-    # a tokenizer that knows no limit says 1e30
     limits = [settings.get("max_seq_length"), tokenizer.model_max_length, max_positions(config)]
-    limit = min(int(one) for one in limits if isinstance(one, int | float) and one > 0)
+    known = [one for one in limits if isinstance(one, int) and 0 < one < _NO_LIMIT]
+    limit = min(known, default=_MOST_TOKENS)
     model = load_model(folder, "AutoModel")
     return Encoder(model, tokenizer, pooling, limit, settings.get("do_lower_case") is True)
 

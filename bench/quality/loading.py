@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from bench.available import first_line, load_package
-from vqkernels.errors import ContainerError, TensorError, UnsupportedError
+from vqkernels.errors import ContainerError, TensorError, UnsupportedError, VqError
 from vqkernels.formats.checkpoint import CONFIG, read_json
 from vqkernels.nn import replace_linears
 from vqkernels.source import outline_of
@@ -60,6 +60,28 @@ class LoadedModel:
             for name, place in places.items():
                 _put_decoded(self.module, place, quantised[name])
         return list(places.values())
+
+    def check_vocabulary(self, largest: int) -> None:
+        """Raise ContainerError where token `largest` is beyond the model's embedding."""
+        size = len(self.module.get_input_embeddings().weight)  # type: ignore[operator]  # a method
+        if largest >= size:
+            raise ContainerError(
+                f"{self.folder}: its tokenizer gives token {largest}, but the model has {size}; "
+                f"put model and tokenizer of one origin in the folder"
+            )
+
+    def run(self, **inputs: Any) -> Any:
+        """The model's output. Raises UnsupportedError where the model can't take the inputs."""
+        try:
+            with torch.inference_mode():
+                return self.module(**inputs)
+        except VqError:
+            raise
+        except Exception as error:  # another's code: a decoder may be wanting, or positions end
+            raise UnsupportedError(
+                f"{self.folder}: the model can't read text so ({first_line(error)}); use an "
+                f"evaluator of your own"
+            ) from error
 
     def _places(self, quantised: Mapping[str, QuantizedTensor]) -> dict[str, str]:
         """Parameter by tensor; checked, but for the data."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from autotune.verdict import t_quantile
+from bench.conversion import progress
 from bench.quality.canaries import OWN as OWN_CANARIES
 from bench.quality.canaries import CanaryResult, Continuation, load_canaries
 from bench.quality.loading import (
@@ -143,15 +144,16 @@ def compare(
     limit = max_positions(dense_config(model_folder))
     prompts = [_prompt(tokenizer, one, limit) for one in checks]
     model = load_model(model_folder, "AutoModelForCausalLM", dtype=dtype)
-    _check_vocabulary(model, ids)
+    model.check_vocabulary(int(ids.max()))
     parts = list(windows(len(ids), window, stride))
-    dense = [_losses(model, ids, part, "dense") for part in parts]
-    greedy = [
-        _continued(model.module, prompt, one.tokens)
-        for prompt, one in zip(prompts, checks, strict=True)
-    ]
-    places = model.put(quantised, kernels=kernels)
-    after = [_losses(model, ids, part, "quantised") for part in parts]
+    with progress(len(parts)) as begin:
+        dense = _all_losses(model, ids, parts, "dense", begin)
+        greedy = [
+            _continued(model, prompt, one.tokens)
+            for prompt, one in zip(prompts, checks, strict=True)
+        ]
+        places = model.put(quantised, kernels=kernels)
+        after = _all_losses(model, ids, parts, "quantised", begin)
     return PerplexityReport(
         model=model_folder.resolve().name,
         text=text.name,
@@ -163,7 +165,7 @@ def compare(
         quantised=_mean(after),
         difference=_mean([two - one for one, two in zip(dense, after, strict=True)]),
         canaries=tuple(
-            _kept(model.module, prompt, found, one)
+            _kept(model, prompt, found, one)
             for prompt, found, one in zip(prompts, greedy, checks, strict=True)
         ),
     )
@@ -230,22 +232,28 @@ def _prompt(tokenizer: Any, check: Continuation, limit: int | None) -> list[int]
     return ids[-room:]
 
 
-def _check_vocabulary(model: LoadedModel, ids: Tensor) -> None:
-    size = model.module.get_input_embeddings().num_embeddings  # type: ignore[operator]  # a module's
-    if int(ids.max()) >= size:
-        raise ContainerError(
-            f"{model.folder}: its tokenizer gives token {int(ids.max())}, but the model has "
-            f"{size}; put model and tokenizer of one origin in the folder"
-        )
-
-
 # ------------------------------------------------------------------------------------------------
 # what the model says
 
 
+def _all_losses(
+    model: LoadedModel,
+    ids: Tensor,
+    parts: Sequence[Window],
+    which: str,
+    begin: Callable[[str], Callable[[str], None]],
+) -> list[Tensor]:
+    """Those of each window."""
+    step, found = begin(which), []
+    for part in parts:
+        found.append(_losses(model, ids, part, which))
+        step(which)
+    return found
+
+
 def _losses(model: LoadedModel, ids: Tensor, part: Window, which: str) -> Tensor:
     """Negative log-likelihood of each scored token of a window, float64."""
-    logits = _logits(model.module, ids[part.start : part.stop - 1])[part.first - part.start - 1 :]
+    logits = _logits(model, ids[part.start : part.stop - 1])[part.first - part.start - 1 :]
     wanted = ids[part.first : part.stop]
     pieces = zip(torch.split(logits, _PIECE), torch.split(wanted, _PIECE), strict=True)
     losses = torch.cat(
@@ -259,10 +267,9 @@ def _losses(model: LoadedModel, ids: Tensor, part: Window, which: str) -> Tensor
     return losses.double()
 
 
-def _logits(module: nn.Module, ids: Tensor) -> Tensor:
+def _logits(model: LoadedModel, ids: Tensor) -> Tensor:
     """`[tokens, vocabulary]` for one row of tokens."""
-    with torch.inference_mode():
-        logits: Tensor = module(input_ids=ids[None], use_cache=False).logits[0]
+    logits: Tensor = model.run(input_ids=ids[None], use_cache=False).logits[0]
     return logits
 
 
@@ -282,21 +289,21 @@ def _mean(parts: Sequence[Tensor]) -> Mean:
 # canaries
 
 
-def _continued(module: nn.Module, prompt: Sequence[int], count: int) -> list[int]:
+def _continued(model: LoadedModel, prompt: Sequence[int], count: int) -> list[int]:
     """The `count` tokens that follow, each the likeliest."""
     ids = list(prompt)
     for _ in range(count):
-        ids.append(int(_logits(module, torch.tensor(ids))[-1].argmax()))
+        ids.append(int(_logits(model, torch.tensor(ids))[-1].argmax()))
     return ids[len(prompt) :]
 
 
 def _kept(
-    module: nn.Module, prompt: Sequence[int], dense: Sequence[int], check: Continuation
+    model: LoadedModel, prompt: Sequence[int], dense: Sequence[int], check: Continuation
 ) -> CanaryResult:
     """How many of the dense model's tokens still are the likeliest, up to the first that isn't."""
     # greedy decoding goes the dense way up to there, so that one pass shows all of it
     ids = torch.tensor([*prompt, *dense[:-1]])
-    found = _logits(module, ids)[len(prompt) - 1 :].argmax(dim=-1).tolist()
+    found = _logits(model, ids)[len(prompt) - 1 :].argmax(dim=-1).tolist()
     pairs = list(zip(found, dense, strict=True))
     same = next((at for at, (a, b) in enumerate(pairs) if a != b), len(pairs))
     return CanaryResult(check.name, "continuation", check.tokens, check.tokens, same)

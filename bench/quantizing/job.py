@@ -20,6 +20,9 @@ from vqkernels.spec import CodebookSpec
 __all__ = ["Job", "sha256_of"]
 
 
+_SHARED = "shared by the layers of one format"
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Job:
     """All that finished layers depend on: what was begun is gone on with where these are equal.
@@ -28,6 +31,7 @@ class Job:
     formats: of each tensor to quantise, by name, in order.
     bias: whether a layer's bias is kept beside its weight.
     codes: how codes are stored.
+    shared: whether layers of one format share their codebooks.
     calibration: file name and SHA-256 of what errors' importance is known from, or None.
     """
 
@@ -37,6 +41,7 @@ class Job:
     recipe: Recipe
     bias: bool
     codes: Coding
+    shared: bool = False
     calibration: tuple[str, str] | None = None
 
     def to_dict(self) -> dict[str, Any]:
@@ -48,6 +53,7 @@ class Job:
             "recipe": dataclasses.asdict(self.recipe),
             "bias": self.bias,
             "codes": self.codes,
+            "shared": self.shared,
             "calibration": self.calibration and self.calibration[1],
             "vqbench": vqkernels.__version__,
             "libraries": library_stamp(),
@@ -69,6 +75,7 @@ class Job:
             **({"method": methods.pop()} if len(methods) == 1 else {}),
             "seed": str(self.seed),
             "iterations": str(self.recipe.iterations),
+            **({"codebooks": _SHARED} if self.shared else {}),
             **({"recipe": told} if told else {}),
             **({"calibration": file, "calibration_sha256": digest} if file else {}),
             "libraries": library_stamp(),
@@ -90,6 +97,8 @@ class Job:
         if clip is not None:  # the recipe's percent, which this name doesn't stand for in a file
             found["clip"] = list(clip)
             found["clip_percentiles"] = [self.recipe.clip, 100 - self.recipe.clip]
+        if self.shared:
+            found["codebooks"] = _SHARED
         if calibrated and self.calibration:
             found["calibration"] = f"{self.calibration[0]} (SHA-256 {self.calibration[1]})"
         return found | ({"error": error} if math.isfinite(error) else {})

@@ -6,8 +6,10 @@ import contextlib
 import math
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator
 
+import click
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
@@ -15,6 +17,7 @@ from bench.progress import Left
 from bench.quantizing.choice import bias_of
 from bench.quantizing.importance import hessian_of
 from bench.quantizing.job import Job
+from bench.quantizing.shared import SharedCodebooks
 from bench.quantizing.work import Spent, WorkFolder
 from vqkernels import heap
 from vqkernels.calibration import Calibration
@@ -22,6 +25,7 @@ from vqkernels.errors import TensorError, UnsupportedError
 from vqkernels.formats import TensorFiles
 from vqkernels.parts import check_fit
 from vqkernels.quantize import clip_limits, quantize, squared_errors
+from vqkernels.quantize.sampling import CoverageWarning
 
 __all__ = ["quantize_layers"]
 
@@ -37,14 +41,15 @@ def quantize_layers(
     ContainerError where one can't be read or written.
     """
     refused = {}
+    shared = SharedCodebooks(source, job, calibration) if job.shared else None
     left = [name for name in job.formats if name not in work.layers]
     done = len(job.formats) - len(left)
     sizes = {name: math.prod(source.shape(name)) for name in left}
     with _bar(sizes, done) as step:
         for name in left:
-            with step(name):
+            with step(name), _warnings_told(name):
                 try:
-                    _quantize(source, name, job, work, calibration)
+                    _quantize(source, name, job, work, calibration, shared)
                 except UnsupportedError as error:
                     refused[name] = str(error)
                 except TensorError as error:
@@ -54,7 +59,12 @@ def quantize_layers(
 
 
 def _quantize(
-    source: TensorFiles, name: str, job: Job, work: WorkFolder, calibration: Calibration | None
+    source: TensorFiles,
+    name: str,
+    job: Job,
+    work: WorkFolder,
+    calibration: Calibration | None,
+    shared: SharedCodebooks | None,
 ) -> None:
     # its own function, so that a layer is gone before the next is read
     start = time.perf_counter()
@@ -65,12 +75,30 @@ def _quantize(
     key = bias_of(source, name) if job.bias else None
     bias = source.read(key) if key else None
     hessian = hessian_of(calibration, name)
-    tensor = quantize(weight, spec, seed=job.seed, hessian=hessian, recipe=job.recipe, bias=bias)
+    tensor = quantize(
+        weight,
+        spec,
+        seed=job.seed,
+        hessian=hessian,
+        recipe=job.recipe,
+        bias=bias,
+        codebooks=shared.of(spec) if shared else None,
+    )
     lost, total = squared_errors(weight, tensor)
     spent = Spent(lost, total, time.perf_counter() - start)
     clip = clip_limits(weight, job.recipe)
     made = job.made(name, spent.error, clip=clip, calibrated=hessian is not None)
     work.keep(name, tensor, made, spent)
+
+
+@contextlib.contextmanager
+def _warnings_told(name: str) -> Iterator[None]:
+    """What the quantizer warns of, in a line with the layer's name."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", CoverageWarning)
+        yield
+    for warning in caught:
+        click.echo(f"{name}: {warning.message}", err=True)
 
 
 @contextlib.contextmanager

@@ -35,7 +35,9 @@ def fit(target: Target, spec: CodebookSpec, recipe: Recipe, *, seed: int) -> lis
     stages = rq.fit(target, spec, recipe, seed=seed)
     if target.hessian is not None:
         return refine(target, spec, recipe, stages)
-    return _alternated(target.vectors(spec), spec, recipe, stages) if len(stages) > 1 else stages
+    if len(stages) == 1 or not rq.is_least_squares(spec, recipe):
+        return stages
+    return _alternated(target.vectors(spec), spec, recipe, stages)
 
 
 @one_thread()
@@ -55,7 +57,7 @@ def _alternated(
         found = _sums(vectors, trial)
         if (lower := _loss(found, codes)) < loss:
             stages, sums, loss = trial, found, lower
-        if loss > (1 - GAIN) * before:
+        if loss >= (1 - GAIN) * before:
             break
     codes = sums.improve(codes, codes)
     return [

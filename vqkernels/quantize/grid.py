@@ -122,6 +122,21 @@ class Grid:
         widths = torch.tensor(self.edges).diff()
         return (torch.arange(self.span) < widths[:, None]).reshape(-1)
 
+    def to_books(self, codes: Tensor, cells: Tensor) -> list[Tensor]:
+        """Codes by column, `[rows, columns, stages]`, as each stage's codes of `cells`.
+
+        cells: `[books, count]`, as in Vectors; filling gets any code.
+        """
+        flat = codes[:, self.order.argsort()].reshape(-1, codes.shape[-1])
+        return list(flat[cells.clamp(min=0)].unbind(-1))
+
+    def to_columns(self, codes: Sequence[Tensor], cells: Tensor) -> Tensor:
+        """The inverse of `to_books`."""
+        flat = torch.zeros(self.rows * self.columns, len(codes), dtype=torch.int64)
+        inside = cells >= 0
+        flat[cells[inside]] = torch.stack(list(codes), dim=-1)[inside]
+        return flat.reshape(self.rows, self.columns, -1)[:, self.order]
+
     def loss(self, error: Tensor) -> float:
         """`sum_r mass[r] * e_r H e_r^T` of `error`, laid out as `matrix`."""
         each = np.einsum("ri,ri->r", error.numpy(), product(error, self.hessian).numpy())
@@ -137,7 +152,8 @@ def grid_of(target: Target, spec: CodebookSpec) -> Grid:
     assert target.hessian is not None, "a grid is laid out for a full Hessian"
     n, k = target.matrix.shape
     over, across = _cells(spec, n, k)
-    diagonal = torch.cat([target.hessian.diagonal().double(), torch.zeros(1, dtype=torch.float64)])
+    hessian = target.hessian.double()
+    diagonal = torch.cat([hessian.diagonal(), torch.zeros(1, dtype=torch.float64)])
     # a column's weight, padding left out: input k stands for all of it
     weight = diagonal[across.clamp(max=k)].sum(1)
     order = weight.argsort(descending=True, stable=True)
@@ -158,7 +174,7 @@ def grid_of(target: Target, spec: CodebookSpec) -> Grid:
     return Grid(
         matrix=matrix[rows.reshape(-1)][:, inputs],
         mass=mass[rows],
-        hessian=target.hessian.double()[inputs][:, inputs],
+        hessian=((hessian + hessian.T) / 2)[inputs][:, inputs],
         edges=tuple(edges.tolist()),
         span=across.shape[1],
         order=order,

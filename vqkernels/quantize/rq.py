@@ -24,7 +24,7 @@ from vqkernels.quantize.refit import decode, refit, revive, squared_errors
 from vqkernels.quantize.target import Target
 from vqkernels.spec import CodebookSpec
 
-__all__ = ["fit"]
+__all__ = ["fit", "is_least_squares"]
 
 
 def fit(target: Target, spec: CodebookSpec, recipe: Recipe, *, seed: int) -> list[Stage]:
@@ -38,13 +38,13 @@ def fit(target: Target, spec: CodebookSpec, recipe: Recipe, *, seed: int) -> lis
     vectors = target.vectors(spec)
     some = vq.training_vectors(target, vectors, spec, recipe, seed)
     stages = _coded(some, _stagewise(some, spec, recipe, seed), spec, recipe)
-    if recipe.refits and _is_least_squares(spec, recipe):
+    if recipe.refits and is_least_squares(spec, recipe):
         trained = _coded(some, _trained(some, stages, spec, recipe), spec, recipe)
         stages = _of_less_error(some, stages, trained)
     return stages if some is vectors else _coded(vectors, stages, spec, recipe)
 
 
-def _is_least_squares(spec: CodebookSpec, recipe: Recipe) -> bool:
+def is_least_squares(spec: CodebookSpec, recipe: Recipe) -> bool:
     """Whether the entries that were asked for are those that a refit finds."""
     named = recipe.clustering in ("medians", "medoids")
     return spec.distance == "l2" and not named and recipe.norm_limit == 0

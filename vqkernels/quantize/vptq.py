@@ -15,7 +15,6 @@ from vqkernels.quantize.codebook import Stage
 from vqkernels.quantize.layout import join, split
 from vqkernels.quantize.recipe import Recipe
 from vqkernels.quantize.refine import refine
-from vqkernels.quantize.sampling import sample
 from vqkernels.quantize.target import Target
 from vqkernels.spec import CodebookSpec
 
@@ -31,9 +30,8 @@ def fit(target: Target, spec: CodebookSpec, recipe: Recipe, *, seed: int) -> lis
 
 def _trained(target: Target, spec: CodebookSpec, recipe: Recipe, seed: int) -> list[Stage]:
     """The stages' codebooks, each of what those before it leave; codes of the sample alone."""
-    n, k = target.matrix.shape
-    vectors, stages = target.vectors(spec), list[Stage]()
-    vectors = sample(vectors, spec, n, k + spec.side_columns, recipe.sample, seed=seed)
+    vectors = vq.training_vectors(target, target.vectors(spec), spec, recipe, seed)
+    stages = list[Stage]()
     for stage in range(len(spec.stages)):
         stages.append(vq.fit_stage(vectors, spec, recipe, stage, seed=seed))
         vectors = vectors.minus(stages[-1].decode())

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -258,6 +259,30 @@ def test_a_damaged_modules_file_is_told(tmp_path: Path) -> None:
         (folder / "modules.json").write_text(content)
         with pytest.raises(ContainerError, match=r"modules.json: "):
             load_encoder(folder)
+
+
+def test_a_model_that_reads_no_sentences_is_told(given, tmp_path: Path) -> None:
+    folder = tiny.make_t5(tmp_path / "t5")
+    with pytest.raises(UnsupportedError, match=r"t5: the model can't read text so \(ValueError"):
+        embedding.compare(folder, {}, **given)
+
+
+def test_a_tokenizer_of_another_model_is_told(folder: Path, given, tmp_path: Path) -> None:
+    config = transformers.AutoConfig.from_pretrained(folder)
+    config.vocab_size = 9
+    transformers.BertModel(config).save_pretrained(tmp_path)
+    transformers.AutoTokenizer.from_pretrained(folder).save_pretrained(tmp_path)
+    with pytest.raises(ContainerError, match=r"gives token .*, but the model has 9"):
+        embedding.compare(tmp_path, {}, **given)
+
+
+def test_texts_without_tokens_are_told(folder: Path) -> None:
+    encoder = load_encoder(folder)
+    bare = dataclasses.replace(
+        encoder, tokenizer=lambda texts, **_: {"input_ids": [[] for _ in texts]}
+    )
+    with pytest.raises(ContainerError, match="gives nothing for 'sea'"):
+        bare.tokens(["sea"])
 
 
 def test_nan_is_told(folder: Path, given) -> None:

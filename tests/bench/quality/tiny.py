@@ -91,6 +91,17 @@ def make_bert(folder: Path, *, pooling: Mapping[str, object] | None = None) -> P
     return folder
 
 
+def make_t5(folder: Path) -> Path:
+    """A model that takes no sentence without being told what to answer."""
+    tokenizer = _words_tokenizer()
+    config = transformers.T5Config(
+        vocab_size=len(tokenizer), d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2
+    )
+    transformers.T5Model(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
 def weights(folder: Path) -> dict[str, Tensor]:
     """The tensors of its file."""
     return load_file(folder / "model.safetensors")

@@ -11,8 +11,8 @@ from vqkernels.quantize import Recipe, quantize
 from vqkernels.quantize.vptq import outlier_codebook
 from vqkernels.spec import CodebookSpec
 
-PROPAGATED = Recipe(iterations=5, refits=0)
-PLAIN = Recipe(iterations=5, refits=0, propagate=False)
+PROPAGATED = Recipe(iterations=5, beam=2, refits=0)
+PLAIN = Recipe(iterations=5, beam=2, refits=0, propagate=False)
 
 
 def make(**fields):
@@ -46,10 +46,25 @@ def test_propagation_loses_less(fields):
 
 
 def test_propagation_on_minilm(minilm_weight):
-    weight, hessian = minilm_weight[:512], correlated(384)
-    spec = make(vector_length=8, stages=(256, 16))
+    weight, hessian = minilm_weight[:256, :192], correlated(192)
+    spec = make(vector_length=8, stages=(128, 16))
     plain, propagated = (error_of(weight, spec, hessian, recipe) for recipe in (PLAIN, PROPAGATED))
     assert propagated < 0.45 * plain
+
+
+def test_given_codebooks_get_propagated_codes():
+    weight, hessian = normal(59, 43), correlated(43)
+    tensor = quantize(weight, make(), hessian=hessian, recipe=PLAIN)
+    books = [tensor.parts[f"codebook_{stage}"].float() for stage in range(2)]
+    errors = [
+        output_error(
+            weight,
+            quantize(weight, make(), hessian=hessian, recipe=recipe, codebooks=books).decode(),
+            hessian,
+        )
+        for recipe in (PLAIN, PROPAGATED)
+    ]
+    assert errors[1] < 0.8 * errors[0]
 
 
 def test_without_a_full_hessian_errors_are_weighed():
@@ -75,10 +90,11 @@ def test_what_it_makes_is_what_the_vptq_format_holds(tmp_path):
 
 
 def test_the_number_of_threads_changes_no_bit(threads):
-    weight, hessian, found = normal(600, 70), correlated(70), []
+    weight, hessian, found = normal(400, 40), correlated(40), []
     for count in (1, 2):
         torch.set_num_threads(count)
-        found.append(quantize(weight, make(), hessian=hessian, recipe=Recipe(refits=1)).parts)
+        recipe = Recipe(iterations=3, refits=1)
+        found.append(quantize(weight, make(), hessian=hessian, recipe=recipe).parts)
     for name, part in found[0].items():
         assert torch.equal(part, found[1][name]), name
 
@@ -119,7 +135,7 @@ def test_outliers_that_end_inside_a_vector():
     columns = normal(5, 3)
     codes, book = outlier_codebook(columns, make(
         outlier_columns=3, outlier_entries=9, outlier_vector_length=2, side_dtype="float32",
-    ), Recipe(), weights=None, seed=0)  # fmt: skip
+    ), Recipe(iterations=3), weights=None, seed=0)  # fmt: skip
     decoded = book[codes.long()].transpose(1, 2).reshape(6, 3)[:5]
     torch.testing.assert_close(decoded, columns)
 
