@@ -56,8 +56,10 @@ class CodebookSpec:
     scale_axis, zero_axis: `W = scale * W + zero`, per tensor, output row or input column;
         zero is in units of the weight (VPTQ's weight_bias).
     side_dtype: dtype of scales, zeros, rotation and dense outliers.
-    rotation_size: side of the orthogonal block R applied to the main columns (0: none).
-    permuted: a permutation of the input features is stored.
+    rotation_size: side of the square block R that each run of so many main columns is multiplied
+        by (0: none). The quantizer's is orthogonal, or the root of a covariance; any will decode.
+    permuted: a permutation of the input features is stored. Without one, side columns are the
+        weight's leading ones.
     outlier_columns: leading stored columns kept out of the codebooks: dense in `side_dtype`,
         or, with `outlier_entries` and `outlier_vector_length` (along output features), by a
         codebook of their own.

@@ -10,6 +10,7 @@ import click
 from bench.conversion import size_bytes
 from bench.options import parse_size
 from bench.quantizing.choice import Formats, check_weights, choose
+from bench.quantizing.importance import check_moments, opened
 from bench.quantizing.job import Job, sha256_of
 from bench.quantizing.layers import quantize_layers
 from bench.quantizing.output import check_space, target_of, write
@@ -54,6 +55,13 @@ _MAX_SEED = (1 << 63) - 1  # what a container's metadata holds
     "--set", "settings", metavar="NAME=VALUE", multiple=True, help="A field of Recipe: beam=4."
 )
 @click.option("--iterations", type=click.IntRange(1), help="As --set iterations=N.")
+@click.option(
+    "--calibration",
+    "calibration_file",
+    type=click.Path(path_type=Path),
+    help="How errors count: a file of `vqbench calibrate`.",
+)
+@click.option("--shared", is_flag=True, help="Layers of one format share their codebooks.")
 @click.option("--name", help="Of the output, instead of MODEL.FORMAT.")
 @click.option("--author", help="Who makes it, for the output's provenance.")
 @click.option(
@@ -78,6 +86,8 @@ def command(
     recipe_file: Path | None,
     settings: tuple[str, ...],
     iterations: int | None,
+    calibration_file: Path | None,
+    shared: bool,
     name: str | None,
     author: str | None,
     codes: Coding,
@@ -104,6 +114,7 @@ def command(
     target = target_of(folder, name or f"{called}.{label}", model, shards=shard_size is not None)
     source = TensorFiles(model)
     choice = choose(source, formats, patterns)
+    calibration = opened(calibration_file, list(choice.formats)) if calibration_file else None
     job = Job(
         source_sha256=sha256_of(source.files),
         formats=choice.formats,
@@ -111,15 +122,21 @@ def command(
         recipe=recipe,
         bias=bias,
         codes=codes,
+        shared=shared,
+        calibration=(
+            (calibration_file.name, sha256_of([calibration_file])) if calibration_file else None
+        ),
     )
     work = WorkFolder(target, job)
     try:
         with work.opened(restart=restart):
             if not work.begun:
                 check_weights(source, list(choice.formats), bias=bias)
+                if calibration is not None and calibration_file is not None:
+                    check_moments(calibration, choice.shapes, calibration_file)
             check_space(job, choice.shapes, work, folder)
             work.begin()
-            refused = quantize_layers(source, job, work)
+            refused = quantize_layers(source, job, work, calibration)
             layers = work.finished
             if layers:
                 asked = " ".join([label, *layer_formats])

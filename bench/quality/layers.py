@@ -16,6 +16,7 @@ from vqkernels.quality import (
     distortion,
     gaussian_inputs,
     output_error,
+    rounding_cost,
     run_error,
     usage,
 )
@@ -88,7 +89,7 @@ def measure_layer(
     Raises TensorError for a weight that is no finite matrix of its shape, and for a calibration
     of another layer.
     """
-    stages = usage(tensor)
+    stages, of_int8 = usage(tensor), tensor.spec.codebook_dtype == "int8"
     inputs, outputs = _outputs(weight, tensor, moments, seed)
     measures = {
         **_bits(tensor),
@@ -96,8 +97,9 @@ def measure_layer(
             distortion(weight, tensor, diagonal=moments.diagonal if moments else None)
         ),
         **outputs,
+        "int8_cost": rounding_cost(weight, tensor) if of_int8 else None,
         "entropy_share": min(_evenness(one) for one in stages),
-        "dead_entries": sum(one.dead for one in stages),
+        "dead_entries": float(sum(one.dead for one in stages)),
     }
     tokens = measures.pop("tokens")
     assert tokens is not None

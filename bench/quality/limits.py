@@ -2,8 +2,8 @@
 
 A limit is `NAME=VALUE`, `NAME<=VALUE` or `NAME>=VALUE`; with `=` the number may get no worse, which
 of a measure is known. NAME is a measure of every layer (`relative_error`), of a model's layers
-together (`total.relative_error`), or a number of a section's report by its path
-(`embedding.cosine_mean`).
+together (`total.relative_error`), or a number of a section's report by its path, in which a row of
+a list goes by its name (`embedding.groups.all.cosine_min`).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from bench.quality.measures import MEASURES
 from bench.quality.report import Judged, Report
 from vqkernels.errors import SpecError
 
-__all__ = ["Limit", "beyond", "parse_limit"]
+__all__ = ["Limit", "beyond", "failed_canaries", "parse_limit"]
 
 _FORM = re.compile(r"([\w.-]+)\s*(<=|>=|=)\s*([+-]?[\d.]+(?:e[+-]?\d+)?)", re.IGNORECASE)
 _TOTAL = "total."
@@ -86,10 +86,23 @@ def beyond(report: Report, limits: Sequence[Limit]) -> list[str]:
     return lines
 
 
+def failed_canaries(report: Report) -> list[str]:
+    """A line for each canary that a quantised model of `report` failed."""
+    return [
+        f"{one.label}: canary {row['name']!r}: {row['quantised']:.4g}, and has to be at least "
+        f"{row['wanted']:.4g} (the dense model: {row['dense']:.4g})"
+        for one in report.candidates
+        for section in one.sections.values()
+        for row in section.get("canaries", ())
+        if not row["passed"]
+    ]
+
+
 def _found(one: Judged, limit: Limit) -> Iterator[tuple[str, float | None]]:
     """Where the limit's number stands in `one`, and the number."""
     if limit.measure is None:
-        yield one.label, _in_section(one.sections, limit.name)
+        for value in _in_section(one.sections, limit.name):
+            yield one.label, value
     elif limit.name.startswith(_TOTAL):
         yield one.label, one.totals[limit.measure]
     else:
@@ -97,12 +110,19 @@ def _found(one: Judged, limit: Limit) -> Iterator[tuple[str, float | None]]:
             yield f"{one.label}: {layer.layer}", layer.measures[limit.measure]
 
 
-def _in_section(sections: Mapping[str, Mapping[str, Any]], path: str) -> float | None:
+def _in_section(sections: Mapping[str, Mapping[str, Any]], path: str) -> list[float | None]:
+    """The numbers at `path`; None for one that is no number."""
     name, *keys = path.split(".")
-    value: Any = sections.get(name, {}).get("report")
+    found: list[Any] = [sections[name]["report"]] if name in sections else []
     for key in keys:
-        value = value.get(key) if isinstance(value, Mapping) else None
-    try:
-        return float(value) if isinstance(value, int | float | str) else None
-    except ValueError:  # some other text than "inf" or "nan"
-        return None
+        found = [part for one in found for part in _parts(one, key)]
+    return [float(one) if isinstance(one, int | float) else None for one in found] or [None]
+
+
+def _parts(value: Any, key: str) -> list[Any]:
+    """What `value` has under `key`; of a list, the rows that have this name among their texts."""
+    if isinstance(value, Mapping):
+        return [value[key]] if key in value else []
+    if isinstance(value, list | tuple):
+        return [row for row in value if isinstance(row, Mapping) and key in row.values()]
+    return []

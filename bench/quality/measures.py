@@ -43,6 +43,7 @@ MEASURES: Mapping[str, Measure] = MappingProxyType(
         "output_cosine": Measure("output cosine", "high"),
         "output_cosine_low": Measure("1 %", "high", "min"),
         "output_cosine_worst": Measure("worst", "high", "min"),
+        "int8_cost": Measure("int8 cost", "low"),
         "entropy_share": Measure("entropy share", "high", "min"),
         "dead_entries": Measure("dead", "low", "sum"),
     }

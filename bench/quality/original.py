@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import fnmatch
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from torch import Tensor
@@ -13,7 +12,7 @@ from bench.workload import load_workload
 from vqkernels.errors import ContainerError
 from vqkernels.formats import TensorFiles
 
-__all__ = ["MINILM", "Original", "counterpart", "linear_weights", "original_of"]
+__all__ = ["MINILM", "Original", "counterpart", "original_of"]
 
 MINILM = "minilm"
 """Stands for the weights in the package of that workload."""
@@ -21,23 +20,20 @@ MINILM = "minilm"
 # Weights whose numbers are the weights; FP8 and integer ones need scales from elsewhere.
 _DTYPES = ("F64", "F32", "F16", "BF16")
 
-# Tables that are looked up, and gains: no matrix product.
-_NOT_LINEAR = ("embed", "norm")
-
 
 class Original(Mapping[str, Tensor]):
     """The floating-point matrices of a safetensors file or of a model's folder, each read when it
     is looked up.
 
-    path: where they lie. Raises ContainerError where there are none.
+    path: where they lie; tensors: all that lies there. Raises ContainerError where there are none.
     """
 
     def __init__(self, path: Path) -> None:
-        self.path, self._tensors = path, TensorFiles(path)
+        self.path, self.tensors = path, TensorFiles(path)
         self._names = dict.fromkeys(
             name
-            for name in self._tensors.keys()  # noqa: SIM118  # not a dict
-            if len(self._tensors.shape(name)) == 2 and self._tensors.dtype_name(name) in _DTYPES
+            for name in self.tensors.keys()  # noqa: SIM118  # not a dict
+            if len(self.tensors.shape(name)) == 2 and self.tensors.dtype_name(name) in _DTYPES
         )
         if not self._names:
             raise ContainerError(f"{path}: holds no floating-point matrix; give a dense model")
@@ -45,7 +41,7 @@ class Original(Mapping[str, Tensor]):
     def __getitem__(self, name: str) -> Tensor:
         if name not in self:
             raise KeyError(name)
-        return self._tensors.read(name)
+        return self.tensors.read(name)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._names)
@@ -56,14 +52,10 @@ class Original(Mapping[str, Tensor]):
     def __contains__(self, name: object) -> bool:
         return name in self._names
 
-    def shape(self, name: str) -> tuple[int, ...]:
-        """The shape of matrix `name`, from its header."""
-        return self._tensors.shape(name)
-
     @property
     def files(self) -> list[Path]:
         """The files that the matrices lie in."""
-        return sorted({self._tensors.file(name) for name in self})
+        return sorted({self.tensors.file(name) for name in self})
 
 
 def original_of(name: str) -> Original:
@@ -80,22 +72,3 @@ def counterpart(original: Original, name: str) -> str | None:
     None where there is none.
     """
     return next((found for found in (name, f"{name}.weight") if found in original), None)
-
-
-def linear_weights(original: Original, patterns: Sequence[str]) -> list[str]:
-    """Matrices to quantise: those that match a pattern; without any, the weights of linear layers.
-
-    Raises ContainerError where there is none.
-    """
-    names = [name for name in original if _wanted(name, patterns)]
-    if not names:
-        what = f"matches {' '.join(patterns)}" if patterns else "is the weight of a linear layer"
-        raise ContainerError(f"{original.path}: no matrix {what}; name some with --layer")
-    return names
-
-
-def _wanted(name: str, patterns: Sequence[str]) -> bool:
-    if patterns:
-        return any(fnmatch.fnmatchcase(name, glob) for glob in patterns)
-    lower = name.lower()
-    return name.endswith(".weight") and not any(word in lower for word in _NOT_LINEAR)

@@ -28,6 +28,7 @@ _SHOWN = (
     "output_cosine",
     "output_cosine_low",
     "output_cosine_worst",
+    "int8_cost",
 )
 _INPUTS = {
     "held-out": "held-out tokens of the calibration",
@@ -71,9 +72,12 @@ def text(report: Report, output: str, *, worst: int, totals: bool) -> str:
         title = f"Worst {worst} by output error"
         parts.append(_titled(title, _worst(report, output, worst), output))
     for one in report.candidates:
-        for name, section in one.sections.items():
-            table = render(section["rows"], None, output)
-            parts.append(_titled(f"{one.label}: {name}", table, output))
+        parts += [
+            _titled(f"{one.label}: {name}{of}", _section(section[rows], output), output)
+            for name, section in one.sections.items()
+            for rows, of in (("rows", ""), ("canaries", ", canaries"))
+            if section.get(rows)
+        ]
     return "\n\n".join(part.strip("\n") for part in parts)
 
 
@@ -153,6 +157,18 @@ def _worst(report: Report, output: str, count: int) -> str:
     return render(rows, _named(report) | {"layer": "layer"} | columns, output)
 
 
+def _section(rows: Sequence[Row], output: str) -> str:
+    """Rows of a section, floats to four digits after the point where they are small."""
+    shown = [
+        {
+            name: f"{value:.4f}" if isinstance(value, float) and abs(value) < 100 else value
+            for name, value in row.items()
+        }
+        for row in rows
+    ]
+    return render(shown, None, output)
+
+
 def _badness(measures: Values) -> float:
     error = measures["output_error"]
     return float("inf") if error is None or error != error else error
@@ -185,7 +201,7 @@ def _digits(measures: Mapping[str, float | None]) -> Row:
 
 
 def _short(value: float) -> str:
-    return f"{value:,.0f}" if value == int(value) and abs(value) >= 1 else f"{value:.4g}"
+    return f"{value:,.0f}" if value.is_integer() and abs(value) >= 1 else f"{value:.4g}"
 
 
 def _titled(title: str, table: str, output: str) -> str:

@@ -20,6 +20,9 @@ from vqkernels.spec import CodebookSpec
 __all__ = ["Job", "sha256_of"]
 
 
+_SHARED = "shared by the layers of one format"
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Job:
     """All that finished layers depend on: what was begun is gone on with where these are equal.
@@ -28,6 +31,8 @@ class Job:
     formats: of each tensor to quantise, by name, in order.
     bias: whether a layer's bias is kept beside its weight.
     codes: how codes are stored.
+    shared: whether layers of one format share their codebooks.
+    calibration: file name and SHA-256 of what errors' importance is known from, or None.
     """
 
     source_sha256: str
@@ -36,6 +41,8 @@ class Job:
     recipe: Recipe
     bias: bool
     codes: Coding
+    shared: bool = False
+    calibration: tuple[str, str] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """The job as JSON has it, with the versions of what computes."""
@@ -46,6 +53,8 @@ class Job:
             "recipe": dataclasses.asdict(self.recipe),
             "bias": self.bias,
             "codes": self.codes,
+            "shared": self.shared,
+            "calibration": self.calibration and self.calibration[1],
             "vqbench": vqkernels.__version__,
             "libraries": library_stamp(),
         }
@@ -60,26 +69,38 @@ class Job:
         methods = {spec.method for spec in self.formats.values()}
         changed = {f: value for f, value in self.recipe.to_dict().items() if f != "iterations"}
         told = ", ".join(f"{field}={_value(value)}" for field, value in changed.items())
+        file, digest = self.calibration or ("", "")
         return {
             "source_sha256": self.source_sha256,
             **({"method": methods.pop()} if len(methods) == 1 else {}),
             "seed": str(self.seed),
             "iterations": str(self.recipe.iterations),
+            **({"codebooks": _SHARED} if self.shared else {}),
             **({"recipe": told} if told else {}),
+            **({"calibration": file, "calibration_sha256": digest} if file else {}),
             "libraries": library_stamp(),
         }
 
-    def made(self, name: str, error: float) -> Made:
-        """How layer `name` was made; an infinite error (of a weight of zeros) is left out."""
+    def made(
+        self, name: str, error: float, *, clip: tuple[float, float] | None, calibrated: bool
+    ) -> Made:
+        """How layer `name` was made; an infinite error (of a weight of zeros) is left out.
+
+        clip: what the weights were limited to.
+        """
         found: dict[str, Value] = {
             "method": self.formats[name].method,
             "seed": self.seed,
             "iterations": self.recipe.iterations,
         }
         found |= {field: _value(value) for field, value in self.recipe.to_dict().items()}
-        if clip := found.pop("clip", None):
-            assert isinstance(clip, float | int), "percent at each end"
-            found["clip_percentiles"] = [clip, 100 - clip]
+        if clip is not None:  # the recipe's percent, which this name doesn't stand for in a file
+            found["clip"] = list(clip)
+            found["clip_percentiles"] = [self.recipe.clip, 100 - self.recipe.clip]
+        if self.shared:
+            found["codebooks"] = _SHARED
+        if calibrated and self.calibration:
+            found["calibration"] = f"{self.calibration[0]} (SHA-256 {self.calibration[1]})"
         return found | ({"error": error} if math.isfinite(error) else {})
 
 

@@ -6,39 +6,50 @@ import contextlib
 import math
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator
 
+import click
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
 from bench.progress import Left
 from bench.quantizing.choice import bias_of
+from bench.quantizing.importance import hessian_of
 from bench.quantizing.job import Job
+from bench.quantizing.shared import SharedCodebooks
 from bench.quantizing.work import Spent, WorkFolder
 from vqkernels import heap
+from vqkernels.calibration import Calibration
 from vqkernels.errors import TensorError, UnsupportedError
 from vqkernels.formats import TensorFiles
 from vqkernels.parts import check_fit
-from vqkernels.quantize import quantize, squared_errors
+from vqkernels.quantize import clip_limits, quantize, squared_errors
+from vqkernels.quantize.sampling import CoverageWarning
 
 __all__ = ["quantize_layers"]
 
 
-def quantize_layers(source: TensorFiles, job: Job, work: WorkFolder) -> dict[str, str]:
+def quantize_layers(
+    source: TensorFiles, job: Job, work: WorkFolder, calibration: Calibration | None
+) -> dict[str, str]:
     """Quantise the layers of `job` that `work` lacks; returns why others were refused, by name.
+
+    calibration: what errors' importance is known from, by layer.
 
     Raises TensorError, which names the tensor, for one that can't be quantised at all, and
     ContainerError where one can't be read or written.
     """
     refused = {}
+    shared = SharedCodebooks(source, job, calibration) if job.shared else None
     left = [name for name in job.formats if name not in work.layers]
     done = len(job.formats) - len(left)
     sizes = {name: math.prod(source.shape(name)) for name in left}
     with _bar(sizes, done) as step:
         for name in left:
-            with step(name):
+            with step(name), _warnings_told(name):
                 try:
-                    _quantize(source, name, job, work)
+                    _quantize(source, name, job, work, calibration, shared)
                 except UnsupportedError as error:
                     refused[name] = str(error)
                 except TensorError as error:
@@ -47,7 +58,14 @@ def quantize_layers(source: TensorFiles, job: Job, work: WorkFolder) -> dict[str
     return refused
 
 
-def _quantize(source: TensorFiles, name: str, job: Job, work: WorkFolder) -> None:
+def _quantize(
+    source: TensorFiles,
+    name: str,
+    job: Job,
+    work: WorkFolder,
+    calibration: Calibration | None,
+    shared: SharedCodebooks | None,
+) -> None:
     # its own function, so that a layer is gone before the next is read
     start = time.perf_counter()
     spec = job.formats[name]
@@ -56,10 +74,31 @@ def _quantize(source: TensorFiles, name: str, job: Job, work: WorkFolder) -> Non
     weight = source.read(name)
     key = bias_of(source, name) if job.bias else None
     bias = source.read(key) if key else None
-    tensor = quantize(weight, spec, seed=job.seed, recipe=job.recipe, bias=bias)
+    hessian = hessian_of(calibration, name)
+    tensor = quantize(
+        weight,
+        spec,
+        seed=job.seed,
+        hessian=hessian,
+        recipe=job.recipe,
+        bias=bias,
+        codebooks=shared.of(spec) if shared else None,
+    )
     lost, total = squared_errors(weight, tensor)
     spent = Spent(lost, total, time.perf_counter() - start)
-    work.keep(name, tensor, job.made(name, spent.error), spent)
+    clip = clip_limits(weight, job.recipe)
+    made = job.made(name, spent.error, clip=clip, calibrated=hessian is not None)
+    work.keep(name, tensor, made, spent)
+
+
+@contextlib.contextmanager
+def _warnings_told(name: str) -> Iterator[None]:
+    """What the quantizer warns of, in a line with the layer's name."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", CoverageWarning)
+        yield
+    for warning in caught:
+        click.echo(f"{name}: {warning.message}", err=True)
 
 
 @contextlib.contextmanager

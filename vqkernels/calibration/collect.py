@@ -42,7 +42,7 @@ def collect(
     batches: each a tensor (`model(x)`), a tuple or list (`model(*batch)`) or a mapping, as
         tokenisers give (`model(**batch)`); moved to where the model is. In a mapping, tokens where
         `attention_mask: [batch, tokens]` is 0 don't count.
-    layers: modules by glob (`*.query`); None: all.
+    layers: modules, or their weights, by glob (`*.query`, `*.query.weight`); None: all.
     full: whether to keep X^T X, 8 bytes for each of `[k, k]` while the model runs, or the diagonal
         alone.
     holdout: share of the samples (rows of a batch's first axis) that count in no moment and that
@@ -180,15 +180,21 @@ def _sites(model: nn.Module, layers: Sequence[str] | None) -> dict[nn.Linear | V
     if layers is None:
         return names
     every = [name for own in names.values() for name in own]
+    wanted = set()
     for glob in layers:
-        if not fnmatch.filter(every, glob):
+        found = {name for name in every if _matches(name, glob)}
+        if not found:
             raise TensorError(
                 f"collect: {glob!r} names no linear layer; there are {every[0]!r} and "
                 f"{len(every) - 1} more"
             )
-    wanted = {name for glob in layers for name in fnmatch.filter(every, glob)}
+        wanted |= found
     chosen = {module: [n for n in own if n in wanted] for module, own in names.items()}
     return {module: own for module, own in chosen.items() if own}
+
+
+def _matches(module: str, glob: str) -> bool:
+    return any(fnmatch.fnmatchcase(name, glob) for name in (module, f"{module}.weight"))
 
 
 def _warn_of_unreached(names: Sequence[str], layers: int) -> None:

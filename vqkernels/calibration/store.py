@@ -17,7 +17,7 @@ from vqkernels.container.layout import lay_out
 from vqkernels.container.manifest import check_name, located, strings
 from vqkernels.container.signed import DAMAGED, TEXT, check_version, field, sign, signed
 from vqkernels.errors import ContainerError
-from vqkernels.formats.checkpoint import opened
+from vqkernels.formats.tensor_files import opened
 
 __all__ = ["load_calibration", "save_calibration"]
 

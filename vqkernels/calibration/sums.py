@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
-from concurrent.futures import Executor, ThreadPoolExecutor
+from concurrent.futures import Executor
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from vqkernels.errors import TensorError
+from vqkernels.quantize.threads import workers
 
 __all__ = ["HELD", "Sums"]
 
@@ -42,7 +41,7 @@ class Sums:
         """
         self._check(rows, name)
         step = max(1, CHUNK // self.k)
-        with _threads() as threads:
+        with workers() as threads:
             for first in range(0, len(rows), step):
                 self._add(rows[first : first + step].double(), threads)
         self.count += len(rows)
@@ -92,18 +91,3 @@ class Sums:
 
         # all at once: `map` raises here what a thread raised
         list(threads.map(tile, [(i, j) for i in cuts for j in cuts if i <= j]))
-
-
-@contextlib.contextmanager
-def _threads() -> Iterator[Executor]:
-    """As many Python threads as torch has, with torch held to one.
-
-    A product that is split otherwise may round otherwise.
-    """
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        with ThreadPoolExecutor(threads) as pool:
-            yield pool
-    finally:
-        torch.set_num_threads(threads)

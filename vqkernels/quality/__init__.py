@@ -6,6 +6,7 @@ the matrix at a time, and give the same bits on any number of threads.
 """
 
 from vqkernels.quality.distortion import Distortion, RunError, distortion, run_error
+from vqkernels.quality.entries import rounding_cost, with_best_entries
 from vqkernels.quality.outputs import OutputError, gaussian_inputs, output_error
 from vqkernels.quality.usage import SHARE_EDGES, CodeUsage, usage
 
@@ -18,6 +19,8 @@ __all__ = [
     "distortion",
     "gaussian_inputs",
     "output_error",
+    "rounding_cost",
     "run_error",
     "usage",
+    "with_best_entries",
 ]

@@ -24,6 +24,7 @@ from vqkernels.quantize.prepare import prepare, target_of
 from vqkernels.quantize.recipe import Recipe
 from vqkernels.quantize.scales import clip_limits
 from vqkernels.quantize.target import Target
+from vqkernels.quantize.tune import tuned
 from vqkernels.spec import CodebookSpec
 from vqkernels.tensor import QuantizedTensor
 
@@ -69,8 +70,8 @@ def quantize(
     recipe: how codes and codebooks are found.
     bias: `[n]`, stored beside the weight as it is.
     codebooks: entries of each stage, `[sets, subspaces, entries, vector_size]`, which are rounded
-        to `codebook_dtype`; codes, scales and sides alone are found. For codebooks that several
-        layers share.
+        to `codebook_dtype` (a stage's coefficient isn't in them); codes, scales and sides alone are
+        found. For codebooks that several layers share.
 
     Raises TensorError for a weight that is no finite matrix and for what doesn't go with it,
     UnsupportedError where the layer can't hold the format.
@@ -111,7 +112,8 @@ def encode(
     """`tensor` with the codes and side columns of `weight`; all else stays as it is.
 
     Codebooks, scales, zeros, permutation and rotation stay, the scales and zeros of uniform
-    columns too. Errors as for `quantize`; TensorError too where the shapes differ.
+    columns too. recipe: its beam is what several stages are searched with. Errors as for
+    `quantize`; TensorError too where the shapes differ.
     """
     given = _checked(weight, weights, None)
     tensor = tensor.to("cpu")
@@ -142,7 +144,10 @@ def _fit(
     target: Target, spec: CodebookSpec, recipe: Recipe, table: Mapping[str, Part], seed: int
 ) -> tuple[dict[str, Tensor], list[Tensor]]:
     """Codebooks as their parts of `table`, and each stage's codes of the unlimited weight."""
-    stages = _method(spec)(target.training(), spec, recipe, seed=seed)
+    training = target.training()
+    stages = _method(spec)(training, spec, recipe, seed=seed)
+    if recipe.tune:
+        stages = tuned(training, spec, recipe, stages)
     found = {f"codebook_{number}": stage.values for number, stage in enumerate(stages)}
     scales = [stage.scale for stage in stages if stage.scale is not None]
     if scales:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from vqkernels.errors import TensorError
-from vqkernels.quantize.threads import workers
+from vqkernels.quantize.kmeans.block import workers
 
 __all__ = ["encode"]
 
@@ -29,6 +29,8 @@ __all__ = ["encode"]
 TILE = 1 << 18
 # Entries that a tile goes over at once.
 TILE_ENTRIES = 1024
+# Kept sums whose residuals are at hand at once: a few MiB, and 0.1 ms or more for each operation.
+SUMS = 1 << 15
 
 
 def encode(
@@ -111,14 +113,10 @@ class _Search:
         return cls((points - mean).float(), each, entered, tables, beam)
 
     def tiles(self) -> Iterator[tuple[slice, slice]]:
-        """Slices of books and of points whose scores are a tile."""
+        """Slices of books and of points that are coded at once."""
         books, count, _ = self.points.shape
-        width = max(
-            kept * min(book.shape[1], TILE_ENTRIES)
-            for kept, book in zip(self._kept(), self.codebooks, strict=True)
-        )
-        height = min(count, max(1, TILE // width))
-        together = max(1, TILE // (width * height))
+        height = max(1, SUMS // max(self._kept()))
+        together = max(1, height // count)
         for first in range(0, books, together):
             for start in range(0, count, height):
                 yield slice(first, first + together), slice(start, start + height)
@@ -170,6 +168,23 @@ def _rows(left: Tensor, weights: Tensor | None) -> Tensor:
 
 def _best(rows: Tensor, table: Tensor, keep: int) -> tuple[Tensor, Tensor]:
     """The `keep` best pairs of a kept sum and an entry: each `[books, count, keep]` int64."""
+    books, count, kept, _ = rows.shape
+    entries = table.shape[-1]
+    pairs = np.empty((books, count, min(keep, kept * entries)), np.int64)
+    width = kept * min(entries, TILE_ENTRIES)
+    height = min(count, max(1, TILE // width))
+    together = max(1, TILE // (width * height))
+    for first in range(0, books, together):
+        some = slice(first, first + together)
+        for start in range(0, count, height):
+            tile = slice(start, start + height)
+            pairs[some, tile] = _best_of_tile(rows[some, tile], table[some], keep)
+    chosen = torch.from_numpy(pairs)
+    return chosen // entries, chosen % entries
+
+
+def _best_of_tile(rows: Tensor, table: Tensor, keep: int) -> npt.NDArray[np.int64]:
+    """The best pairs, numbered `sum * entries + entry`: `[books, count, keep]`."""
     books, count, kept, columns = rows.shape
     flat = rows.reshape(books, count * kept, columns)
     entries = table.shape[-1]
@@ -180,14 +195,12 @@ def _best(rows: Tensor, table: Tensor, keep: int) -> tuple[Tensor, Tensor]:
         width = tile.shape[-1]
         tile = tile.reshape(books, count, kept * width)
         best = _lowest(tile, keep)
+        if width == entries:
+            return best
         scores.append(np.take_along_axis(tile, best, axis=-1))
         found.append(best // width * entries + best % width + first)
-    pairs = found[0]
-    if len(found) > 1:
-        best = _lowest(np.concatenate(scores, axis=-1), keep)
-        pairs = np.take_along_axis(np.concatenate(found, axis=-1), best, axis=-1)
-    chosen = torch.from_numpy(pairs)
-    return chosen // entries, chosen % entries
+    best = _lowest(np.concatenate(scores, axis=-1), keep)
+    return np.take_along_axis(np.concatenate(found, axis=-1), best, axis=-1)
 
 
 def _lowest(scores: npt.NDArray[np.float32], keep: int) -> npt.NDArray[np.int64]:

@@ -59,31 +59,29 @@ def store(vectors: Vectors, centroids: Tensor, dtype: str, *, coefficient: float
 
     Raises UnsupportedError where an entry is too large for `dtype`, or the coefficient is 0.
     """
-    if dtype == "int8":
-        _check_coefficient(coefficient)
+    if dtype == "int8" and coefficient:
         return _trained_int8(vectors, centroids, coefficient)
-    values, scale = rounded(centroids, dtype, coefficient)
+    values, scale = rounded(centroids, dtype, coefficient=coefficient)
     codes = code_stage(vectors, stored_entries(values, scale, coefficient))
     return Stage(values, scale, codes, coefficient)
 
 
 def rounded(
-    centroids: Tensor, dtype: str, coefficient: float = 1.0
+    centroids: Tensor, dtype: str, *, coefficient: float = 1.0, mass: Tensor | None = None
 ) -> tuple[Tensor, Tensor | None]:
     """`centroids: [books, entries, length]` as `dtype` holds them, and int8's scale `[books]`.
 
+    mass: weight of each entry's error, `[books, entries, 1 or length]`; None: all 1.
+
     Errors as for `store`.
     """
-    _check_coefficient(coefficient)
+    if coefficient == 0:
+        raise UnsupportedError("quantize: a stage's coefficient is 0; leave that stage out")
     entries = centroids / coefficient
     if dtype != "int8":
         return round_to(entries, dtype, "codebook_dtype"), None
-    return _rounded_int8(entries, torch.ones(1, dtype=torch.float64))
-
-
-def _check_coefficient(coefficient: float) -> None:
-    if coefficient == 0:
-        raise UnsupportedError("quantize: a stage's coefficient is 0; leave that stage out")
+    scale = _best_scale(entries, torch.ones(1) if mass is None else mass)
+    return _steps(entries, scale).to(torch.int8), scale
 
 
 def code_stage(vectors: Vectors, entries: Tensor) -> Tensor:
@@ -110,17 +108,23 @@ def round_to(values: Tensor, dtype: str, field: str) -> Tensor:
 
 def _trained_int8(vectors: Vectors, centroids: Tensor, coefficient: float) -> Stage:
     codes = code_stage(vectors, centroids)
-    for turn in range(ROUNDS + 1):
-        if turn:
-            centroids = refit(vectors.points, [codes], [centroids], weights=vectors.weights)[0]
-        mass = _mass(codes, centroids, vectors.weights)
-        values, scale = _rounded_int8(centroids / coefficient, mass)
-        codes = code_stage(vectors, stored_entries(values, scale, coefficient))
-    return Stage(values, scale, codes, coefficient)
+    stage = _rounded_stage(vectors, centroids, codes, coefficient)
+    for _ in range(ROUNDS):
+        better = refit(vectors.points, [stage.codes], [stage.entries], weights=vectors.weights)[0]
+        stage = _rounded_stage(vectors, better, stage.codes, coefficient)
+    return stage
 
 
-def _rounded_int8(entries: Tensor, mass: Tensor) -> tuple[Tensor, Tensor]:
-    """Values and the scale of each book with the least squared error, weighted by `mass`."""
+def _rounded_stage(vectors: Vectors, centroids: Tensor, codes: Tensor, coefficient: float) -> Stage:
+    """Rounded to int8 for the vectors that have `codes`, and coded anew."""
+    mass = _mass(codes, centroids, vectors.weights)
+    values, scale = rounded(centroids, "int8", coefficient=coefficient, mass=mass)
+    found = code_stage(vectors, stored_entries(values, scale, coefficient))
+    return Stage(values, scale, found, coefficient)
+
+
+def _best_scale(entries: Tensor, mass: Tensor) -> Tensor:
+    """The scale of each book with the least squared error, weighted by `mass`: `[books]`."""
     largest = entries.abs().amax((1, 2)) / 127
     # an all-zero codebook has any scale; so has one too small to be divided by 127
     largest = torch.where(largest > 0, largest, 1.0)
@@ -132,7 +136,7 @@ def _rounded_int8(entries: Tensor, mass: Tensor) -> tuple[Tensor, Tensor]:
         error = lost.numpy().sum((1, 2))
         best = torch.where(torch.from_numpy(error < least), scale, best)
         least = np.minimum(error, least)
-    return _steps(entries, best).to(torch.int8), best
+    return best
 
 
 def _steps(entries: Tensor, scale: Tensor) -> Tensor:

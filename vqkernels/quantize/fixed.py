@@ -9,7 +9,7 @@ from torch import Tensor
 
 from vqkernels.errors import TensorError
 from vqkernels.parts import part_table
-from vqkernels.quantize import beam
+from vqkernels.quantize import beam, propagate
 from vqkernels.quantize.codebook import rounded
 from vqkernels.quantize.kmeans import assign
 from vqkernels.quantize.recipe import Recipe
@@ -42,7 +42,9 @@ def codebook_parts(
         book = entries.detach().cpu().float()
         if not bool(torch.isfinite(book).all()):
             raise TensorError(f"codebooks: stage {stage} holds NaN or infinity; train it again")
-        values, scale = rounded(book.flatten(0, 1), spec.codebook_dtype, spec.coefficient(stage))
+        values, scale = rounded(
+            book.flatten(0, 1), spec.codebook_dtype, coefficient=spec.coefficient(stage)
+        )
         parts[f"codebook_{stage}"] = values.reshape(part.shape)
         if scale is not None:
             scales.append(scale)
@@ -60,6 +62,8 @@ def find_codes(
         scaled_codebook(spec, parts, stage, torch.float32).flatten(0, 1)
         for stage in range(len(spec.stages))
     ]
+    if spec.distance == "l2" and target.hessian is not None and recipe.propagate:
+        return propagate.encode(target, spec, books, recipe)
     if spec.distance == "l2":
         return beam.encode(vectors.points, books, weights=vectors.weights, beam=recipe.beam)
     codes = list[Tensor]()

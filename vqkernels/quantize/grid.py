@@ -122,6 +122,21 @@ class Grid:
         widths = torch.tensor(self.edges).diff()
         return (torch.arange(self.span) < widths[:, None]).reshape(-1)
 
+    def to_books(self, codes: Tensor, cells: Tensor) -> list[Tensor]:
+        """Codes by column, `[rows, columns, stages]`, as each stage's codes of `cells`.
+
+        cells: `[books, count]`, as in Vectors; filling gets any code.
+        """
+        flat = codes[:, self.order.argsort()].reshape(-1, codes.shape[-1])
+        return list(flat[cells.clamp(min=0)].unbind(-1))
+
+    def to_columns(self, codes: Sequence[Tensor], cells: Tensor) -> Tensor:
+        """The inverse of `to_books`."""
+        flat = torch.zeros(self.rows * self.columns, len(codes), dtype=torch.int64)
+        inside = cells >= 0
+        flat[cells[inside]] = torch.stack(list(codes), dim=-1)[inside]
+        return flat.reshape(self.rows, self.columns, -1)[:, self.order]
+
     def loss(self, error: Tensor) -> float:
         """`sum_r mass[r] * e_r H e_r^T` of `error`, laid out as `matrix`."""
         each = np.einsum("ri,ri->r", error.numpy(), product(error, self.hessian).numpy())
@@ -136,9 +151,9 @@ def grid_of(target: Target, spec: CodebookSpec) -> Grid:
     """
     assert target.hessian is not None, "a grid is laid out for a full Hessian"
     n, k = target.matrix.shape
-    over = _cell_rows(spec, n)
-    across = _cell_inputs(spec, k)
-    diagonal = torch.cat([target.hessian.diagonal().double(), torch.zeros(1, dtype=torch.float64)])
+    over, across = _cells(spec, n, k)
+    hessian = target.hessian.double()
+    diagonal = torch.cat([hessian.diagonal(), torch.zeros(1, dtype=torch.float64)])
     # a column's weight, padding left out: input k stands for all of it
     weight = diagonal[across.clamp(max=k)].sum(1)
     order = weight.argsort(descending=True, stable=True)
@@ -149,7 +164,7 @@ def grid_of(target: Target, spec: CodebookSpec) -> Grid:
     factor = torch.ones(n) if target.rows is None else target.rows
     mass = torch.cat([factor.double(), torch.zeros(1, dtype=torch.float64)])
     rows = over.clamp(max=n)
-    which = set_index(_whole(spec), n, k).expand(len(over), len(across))
+    which = set_index(spec, n, k + spec.side_columns).expand(len(over), len(across))
     # a book's number is a row's share plus a column's (see set_index)
     step = (which[0] - which[0].min())[order]
     row_first = which[:, 0] - (which[0, 0] - which[0].min())
@@ -159,7 +174,7 @@ def grid_of(target: Target, spec: CodebookSpec) -> Grid:
     return Grid(
         matrix=matrix[rows.reshape(-1)][:, inputs],
         mass=mass[rows],
-        hessian=target.hessian.double()[inputs][:, inputs],
+        hessian=((hessian + hessian.T) / 2)[inputs][:, inputs],
         edges=tuple(edges.tolist()),
         span=across.shape[1],
         order=order,
@@ -170,25 +185,15 @@ def grid_of(target: Target, spec: CodebookSpec) -> Grid:
     )
 
 
-def _whole(spec: CodebookSpec) -> CodebookSpec:
-    """`spec` of the main columns alone."""
-    return dataclasses.replace(
-        spec, outlier_columns=0, outlier_entries=0, outlier_vector_length=0, uniform_columns=0
-    )
+def _cells(spec: CodebookSpec, n: int, k: int) -> tuple[Tensor, Tensor]:
+    """Rows of the matrix in each row of cells, and inputs in each column of them.
 
-
-def _cell_rows(spec: CodebookSpec, n: int) -> Tensor:
-    """Rows of the matrix in each row of cells: `[rows, height]`; n and up in padding."""
-    rows, _ = code_grid(spec, n, 1)
-    if spec.vector_axis == "in":
-        return torch.arange(rows * spec.vector_width).reshape(rows, -1)
-    return _along(spec, rows)
-
-
-def _cell_inputs(spec: CodebookSpec, k: int) -> Tensor:
-    """Inputs in each column of cells: `[columns, span]`; k and up in padding."""
-    _, columns = code_grid(_whole(spec), 1, k)
-    return _along(spec, columns) if spec.vector_axis == "in" else torch.arange(columns)[:, None]
+    `[rows, height]` and `[columns, span]`; n and k, and up, in padding.
+    """
+    rows, columns = code_grid(spec, n, k + spec.side_columns)
+    if spec.vector_axis == "out":
+        return _along(spec, rows), torch.arange(columns)[:, None]
+    return torch.arange(rows * spec.vector_width).reshape(rows, -1), _along(spec, columns)
 
 
 def _along(spec: CodebookSpec, vectors: int) -> Tensor:

@@ -12,13 +12,14 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
+from vqkernels.quantize import propagate
 from vqkernels.quantize.recipe import Recipe
 from vqkernels.quantize.rotation import fit_rotation, rotate
 from vqkernels.quantize.scales import clip_limits, error_units, fit_scales, normalise
-from vqkernels.quantize.sides import code_sides, column_scores, side_first
+from vqkernels.quantize.sides import code_sides, column_scores, stored_order
 from vqkernels.quantize.target import Target
 from vqkernels.spec import CodebookSpec
-from vqkernels.tensor import QuantizedTensor
+from vqkernels.tensor import QuantizedTensor, decode_sides
 
 __all__ = ["prepare", "target_of"]
 
@@ -57,7 +58,7 @@ def prepare(
     if spec.side_columns:
         sides = target.columns(slice(None, spec.side_columns))
         found |= code_sides(spec, sides.matrix, sides.weights, found, recipe, seed=seed)
-        target = target.columns(slice(spec.side_columns, None))
+        target = _main(spec, target, recipe, found)
     if spec.rotation_size:
         if "rotation" not in found:
             found["rotation"] = fit_rotation(target, spec, recipe, seed=seed)
@@ -84,13 +85,13 @@ def _order(
     """Input features in stored order: `[k]` int64."""
     if "permutation" in found:
         return found["permutation"].long()
-    if not spec.permuted or not spec.side_columns:
+    if not spec.permuted:
         return torch.arange(weight.matrix.shape[1])
     # a zero of all columns: which of them are the main ones isn't known yet
     plain = dataclasses.replace(spec, scale_axis="none")
     centred = normalise(plain, weight.matrix, fit_scales(plain, weight.matrix, recipe.scaling))
     scores = column_scores(centred, weight.weights, recipe.sides, errors)
-    return side_first(scores, spec.side_columns)
+    return stored_order(spec, scores)
 
 
 def _scaled(
@@ -116,3 +117,24 @@ def _scaled(
 
 def _times(weights: Tensor | None, factors: Tensor) -> Tensor:
     return factors.float() if weights is None else (factors * weights).float()
+
+
+def _main(
+    spec: CodebookSpec, target: Target, recipe: Recipe, parts: Mapping[str, Tensor]
+) -> Target:
+    """The main columns, moved to make up for what the side columns lost where that is asked for."""
+    n, k = target.matrix.shape
+    main = target.columns(slice(spec.side_columns, None))
+    if target.hessian is None or not recipe.propagate:
+        return main
+    stored = decode_sides(n, parts, torch.float64)
+    moved = propagate.compensate(
+        main.matrix,
+        target.matrix[:, : spec.side_columns] - stored,
+        target.hessian,
+        torch.arange(spec.side_columns),
+        torch.arange(spec.side_columns, k),
+        recipe.damping,
+    )
+    limited = None if main.limited is None else main.limited + (moved - main.matrix)
+    return dataclasses.replace(main, matrix=moved, limited=limited)

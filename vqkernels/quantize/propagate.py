@@ -15,25 +15,38 @@ from torch import Tensor
 
 from vqkernels.errors import TensorError
 from vqkernels.quantize.cells import decode_column, search
-from vqkernels.quantize.grid import Grid
+from vqkernels.quantize.grid import Grid, grid_of
 from vqkernels.quantize.products import one_thread, product
+from vqkernels.quantize.recipe import Recipe
+from vqkernels.quantize.target import Target
+from vqkernels.spec import CodebookSpec
 
-__all__ = ["blocks", "column_order", "compensate", "damped", "encode"]
+__all__ = ["blocks", "column_order", "compensate", "encode", "walk"]
 
 # Inputs whose errors reach the later ones together: one product in place of 128 outer ones.
 LAZY = 128
 
 
-@one_thread()
-def encode(grid: Grid, entries: Sequence[Tensor], *, beam: int, damping: float) -> Tensor:
-    """Codes `[rows, columns, stages]` of the grid's cells.
+def encode(
+    target: Target, spec: CodebookSpec, codebooks: Sequence[Tensor], recipe: Recipe
+) -> list[Tensor]:
+    """Codes of each stage, `[books, count]` int64, for the vectors of a target with a Hessian.
 
-    entries: `[books, entries, size]` float32 of each stage, as they decode.
-    damping: as in Recipe. Raises TensorError where the Hessian needs more of it.
+    codebooks: `[books, entries, size]` float32 of each stage, as they decode.
+
+    Raises TensorError where the Hessian needs more of `recipe.damping`.
     """
-    factor = _factor(damped(grid.hessian, damping))
+    grid = grid_of(target, spec)
+    codes = walk(grid, codebooks, beam=recipe.beam, damping=recipe.damping)
+    return grid.to_books(codes, target.vectors(spec).cells)
+
+
+@one_thread()
+def walk(grid: Grid, entries: Sequence[Tensor], *, beam: int, damping: float) -> Tensor:
+    """`encode` on a grid: codes `[rows, columns, stages]`."""
+    factor = _factor(_damped(grid.hessian, damping))
     left = grid.matrix.clone()
-    codes = torch.empty(grid.rows, grid.columns, len(entries), dtype=torch.int64)
+    codes = torch.zeros(grid.rows, grid.columns, len(entries), dtype=torch.int64)
     for columns in blocks(grid):
         first, last = grid.edges[columns[0]], grid.edges[columns[-1] + 1]
         errors = torch.empty(len(left), last - first, dtype=torch.float64)
@@ -49,10 +62,14 @@ def encode(grid: Grid, entries: Sequence[Tensor], *, beam: int, damping: float) 
     return codes
 
 
-def blocks(grid: Grid) -> list[range]:
-    """The columns of cells in runs of about `LAZY` inputs."""
+def blocks(grid: Grid) -> list[list[int]]:
+    """The columns of cells in runs of about `LAZY` inputs.
+
+    A column without inputs (of a stride's last block) decodes to nothing, and keeps its codes.
+    """
+    columns = [c for c in range(grid.columns) if grid.edges[c] < grid.edges[c + 1]]
     step = max(1, LAZY // grid.span)
-    return [range(first, min(first + step, grid.columns)) for first in range(0, grid.columns, step)]
+    return [columns[first : first + step] for first in range(0, len(columns), step)]
 
 
 def column_order(diagonal: Tensor) -> Tensor:
@@ -77,12 +94,12 @@ def compensate(
     least output error that any main columns can. Raises TensorError as `encode` does.
     """
     between = hessian[side][:, main_index].double()
-    lower = _cholesky(damped(hessian[main_index][:, main_index].double(), damping))
+    lower = _cholesky(_damped(hessian[main_index][:, main_index].double(), damping))
     shift = torch.cholesky_solve(between.T.contiguous(), lower).T
     return (main.double() + product(side_error.double(), shift.contiguous())).to(main.dtype)
 
 
-def damped(hessian: Tensor, damping: float) -> Tensor:
+def _damped(hessian: Tensor, damping: float) -> Tensor:
     """`hessian` with `damping` times the mean of its diagonal added, and a little to dead inputs.
 
     A dead input, one that was 0 in every sample, has a row and a column of zeros. It has to count

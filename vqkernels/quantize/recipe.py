@@ -61,10 +61,10 @@ class Recipe:
     expiry: float = 0.01
     rate: float = 0.05
     sample: int = 0
-    beam: int = 8
+    beam: int = 16
     refits: int = 8
     tune: int = 0
-    commitment: float = 0.25
+    commitment: float = 1.0
     norm_limit: float = 0.0
     merge: float = 0.0
     clip: float = 0.0

@@ -11,10 +11,10 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
-from vqkernels.quantize import conjugate, propagate
+from vqkernels.errors import UnsupportedError
+from vqkernels.quantize import conjugate, propagate, rq
 from vqkernels.quantize.codebook import Stage, rounded
 from vqkernels.quantize.descent import descend
 from vqkernels.quantize.grid import Grid, grid_of
@@ -23,7 +23,7 @@ from vqkernels.quantize.recipe import Recipe
 from vqkernels.quantize.target import Target
 from vqkernels.spec import CodebookSpec
 
-__all__ = ["refine"]
+__all__ = ["GAIN", "refine", "stored"]
 
 # A round that gains less than this share of the error is the last.
 GAIN = 0.005
@@ -31,12 +31,20 @@ GAIN = 0.005
 
 @dataclasses.dataclass(frozen=True)
 class _Coding:
-    """Books as they are stored and as they decode, codes by the grid's columns, and their loss."""
+    """Books as they are stored (`stages`), codes by the grid's columns, and what they lose."""
 
     stages: Sequence[Stage]
-    entries: Sequence[Tensor]
     codes: Tensor
     loss: float
+
+    @classmethod
+    def of(cls, grid: Grid, stages: Sequence[Stage], codes: Tensor) -> _Coding:
+        entries = [stage.entries for stage in stages]
+        return cls(stages, codes, grid.loss(grid.matrix - grid.decode(entries, codes)))
+
+    @property
+    def entries(self) -> list[Tensor]:
+        return [stage.entries for stage in self.stages]
 
 
 @one_thread()
@@ -45,59 +53,52 @@ def refine(
 ) -> list[Stage]:
     """`stages`, with codes of all vectors of a target with a Hessian, after `recipe.refits` rounds.
 
-    No round makes the output error larger.
+    No round makes the output error larger. Raises UnsupportedError for a cosine distance.
     """
+    if spec.distance != "l2":
+        raise UnsupportedError(
+            f"quantize: distance = {spec.distance!r} doesn't go with a full Hessian; give its "
+            f"diagonal, or a format with distance = 'l2'"
+        )
     grid = grid_of(target, spec)
     cells = target.vectors(spec).cells
-    coding = _start(grid, spec, recipe, stages, cells)
+    coding = _start(grid, recipe, stages, cells)
     for _ in range(recipe.refits):
         before = coding.loss
         coding = _round(grid, spec, recipe, coding)
-        if coding.loss > (1 - GAIN) * before:
+        if coding.loss >= (1 - GAIN) * before:
             break
-    flat = coding.codes[:, grid.order.argsort()].reshape(-1, len(stages))
-    # filling has no cell; any code does
-    codes = flat[cells.clamp(min=0)]
+    codes = grid.to_books(coding.codes, cells)
     return [
-        dataclasses.replace(stage, codes=codes[..., number])
-        for number, stage in enumerate(coding.stages)
+        dataclasses.replace(stage, codes=code)
+        for stage, code in zip(coding.stages, codes, strict=True)
     ]
 
 
-def _start(
-    grid: Grid, spec: CodebookSpec, recipe: Recipe, stages: Sequence[Stage], cells: Tensor
-) -> _Coding:
-    entries = [stage.entries for stage in stages]
+def _start(grid: Grid, recipe: Recipe, stages: Sequence[Stage], cells: Tensor) -> _Coding:
     if recipe.propagate:
-        codes = propagate.encode(grid, entries, beam=recipe.beam, damping=recipe.damping)
+        entries = [stage.entries for stage in stages]
+        codes = propagate.walk(grid, entries, beam=recipe.beam, damping=recipe.damping)
     else:
-        inside = cells >= 0
-        flat = torch.zeros(grid.rows * grid.columns, len(stages), dtype=torch.int64)
-        flat[cells[inside]] = torch.stack([stage.codes for stage in stages], dim=-1)[inside]
-        codes = flat.reshape(grid.rows, grid.columns, -1)[:, grid.order]
-    return _coding(grid, stages, entries, codes)
+        codes = grid.to_columns([stage.codes for stage in stages], cells)
+    return _Coding.of(grid, stages, codes)
 
 
 def _round(grid: Grid, spec: CodebookSpec, recipe: Recipe, coding: _Coding) -> _Coding:
     """Codebooks for the codes, where better as they are stored; then codes for the codebooks."""
-    solved = conjugate.solve(grid, coding.entries, coding.codes)
-    stages = [
-        _stored(stage, entries.float(), spec)
-        for stage, entries in zip(coding.stages, solved, strict=True)
-    ]
-    trial = _coding(grid, stages, [stage.entries for stage in stages], coding.codes)
-    best = trial if trial.loss < coding.loss else coding
+    best = coding
+    if rq.is_least_squares(spec, recipe):
+        solved = conjugate.solve(grid, coding.entries, coding.codes)
+        trial = _Coding.of(grid, stored(coding.stages, solved, spec), coding.codes)
+        best = trial if trial.loss < coding.loss else coding
     codes = descend(grid, best.entries, best.codes, beam=recipe.beam)
-    return _coding(grid, best.stages, best.entries, codes)
+    return _Coding.of(grid, best.stages, codes)
 
 
-def _coding(
-    grid: Grid, stages: Sequence[Stage], entries: Sequence[Tensor], codes: Tensor
-) -> _Coding:
-    loss = grid.loss(grid.matrix - grid.decode(entries, codes))
-    return _Coding(stages, entries, codes, loss)
-
-
-def _stored(stage: Stage, entries: Tensor, spec: CodebookSpec) -> Stage:
-    values, scale = rounded(entries, spec.codebook_dtype, stage.coefficient)
-    return dataclasses.replace(stage, values=values, scale=scale)
+def stored(stages: Sequence[Stage], entries: Sequence[Tensor], spec: CodebookSpec) -> list[Stage]:
+    """`stages` with other entries, as the format stores them."""
+    found = []
+    for stage, book in zip(stages, entries, strict=True):
+        values, scale = rounded(book.float(), spec.codebook_dtype, coefficient=stage.coefficient)
+        found.append(dataclasses.replace(stage, values=values, scale=scale))
+    return found

@@ -16,9 +16,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from vqkernels.quantize.threads import workers
+from vqkernels.quantize.kmeans.block import workers
 
-__all__ = ["refit", "revive"]
+__all__ = ["decode", "refit", "revive", "squared_errors"]
 
 Floats = npt.NDArray[np.float64]
 
@@ -74,15 +74,17 @@ def revive(
     used = [
         _used(code, book.shape[1], weights) for code, book in zip(codes, codebooks, strict=True)
     ]
+    waiting = np.flatnonzero(~np.concatenate(used, axis=1).all(1))
+    if not len(waiting):
+        return list(codebooks)
+    revived = [book.clone() for book in codebooks]
     left = points - decode(codes, codebooks)
-    errors = left.double().square()
-    if weights is not None:
-        errors = errors * (weights if weights.ndim == 3 else weights[..., None])
-    for book in torch.nonzero(~torch.cat(used, dim=1).all(1))[:, 0].tolist():
-        error = errors[book].sum(-1)
+    errors = squared_errors(left, weights)
+    for book in waiting.tolist():
+        error = errors[book]
         worst = iter(error.argsort(descending=True, stable=True).tolist())
         for stage, entries in enumerate(revived):
-            for entry in torch.nonzero(~used[stage][book])[:, 0].tolist():
+            for entry in np.flatnonzero(~used[stage][book]).tolist():
                 vector = next(worst, None)
                 if vector is None or not error[vector] > 0:
                     break
@@ -91,21 +93,34 @@ def revive(
     return revived
 
 
+def squared_errors(left: Tensor, weights: Tensor | None) -> Tensor:
+    """Weighted squared norms `[books, count]` float64 of what codes leave of their vectors."""
+    # numpy, here and below: torch hands even these to threads, whose barriers cost more than that
+    exact = left.numpy().astype(np.float64)
+    if weights is not None and weights.ndim == 3:
+        return torch.from_numpy(np.einsum("bnl,bnl,bnl->bn", exact, exact, weights.numpy()))
+    squares = np.einsum("bnl,bnl->bn", exact, exact)
+    return torch.from_numpy(squares if weights is None else squares * weights.numpy())
+
+
 def decode(codes: Sequence[Tensor], codebooks: Sequence[Tensor]) -> Tensor:
     """Sums of the coded entries: `[books, count, length]`."""
-    which = torch.arange(len(codes[0]))[:, None]
-    total = codebooks[0][which, codes[0]]
+    which = np.arange(len(codes[0]))[:, None]
+    total = codebooks[0].numpy()[which, codes[0].numpy()]
     for code, book in zip(codes[1:], codebooks[1:], strict=True):
-        total = total + book[which, code]
-    return total
+        total += book.numpy()[which, code.numpy()]
+    return torch.from_numpy(total)
 
 
-def _used(codes: Tensor, entries: int, weights: Tensor | None) -> Tensor:
+def _used(codes: Tensor, entries: int, weights: Tensor | None) -> npt.NDArray[np.bool_]:
     """Whether a vector that counts has each code: `[books, entries]`."""
-    counts = torch.zeros(len(codes), entries)
-    mass = torch.ones(codes.shape) if weights is None else weights
-    mass = mass.amax(-1) if mass.ndim == 3 else mass
-    return counts.scatter_reduce(1, codes, (mass > 0).float(), "amax") > 0
+    used = np.zeros((len(codes), entries), np.bool_)
+    book, vector = np.indices(codes.shape)
+    if weights is not None:
+        counts = (weights > 0).reshape(*codes.shape, -1).any(-1).numpy()
+        book, vector = book[counts], vector[counts]
+    used[book, codes.numpy()[book, vector]] = True
+    return used
 
 
 @dataclasses.dataclass(frozen=True)
@@ -167,7 +182,8 @@ class _System:
 
     def _pulls(self, coordinate: int, book: int) -> Floats:
         weights = self.weights[coordinate if len(self.weights) > 1 else 0]
-        return weights[book] * self.left[coordinate, book]
+        pulls: Floats = weights[book] * self.left[coordinate, book]
+        return pulls
 
     def _gathered(self, values: Floats, book: int) -> Floats:
         """Sums of `values: [count]` over the vectors of each code: `[total]`."""
@@ -177,12 +193,12 @@ class _System:
         return sums
 
     def _normal(self, weights: Floats, book: int) -> Floats:
-        normal = np.zeros(self.total**2)
+        flat = np.zeros(self.total**2)
         for first in self.rows:
             for second in self.rows:
                 pairs = first[book] * self.total + second[book]
-                normal += np.bincount(pairs, weights, minlength=self.total**2)
-        normal = normal.reshape(self.total, self.total)
+                flat += np.bincount(pairs, weights, minlength=self.total**2)
+        normal = flat.reshape(self.total, self.total)
         diagonal = normal.diagonal().copy()
         np.fill_diagonal(normal, diagonal + RIDGE * max(diagonal.max(), 1e-300))
         return normal

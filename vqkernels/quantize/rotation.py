@@ -19,7 +19,7 @@ from torch import Tensor
 
 from vqkernels.errors import UnsupportedError
 from vqkernels.quantize.codebook import round_to
-from vqkernels.quantize.one_thread import one_thread
+from vqkernels.quantize.products import one_thread
 from vqkernels.quantize.recipe import Recipe
 from vqkernels.quantize.target import Target
 from vqkernels.spec import CodebookSpec
@@ -27,6 +27,10 @@ from vqkernels.spec import CodebookSpec
 __all__ = ["fit_rotation", "hadamard", "random_rotation", "rotate", "whitening"]
 
 _DRAW = 1 << 20  # beside the seed, so that k-means (seed, stage) draws other numbers
+
+# Whitening divides a direction by its spread. Where a weight hardly varies that would make noise,
+# and what is left of its mean, as large as all else: with fewer blocks than columns, 10^6 times.
+_LEAST = 0.01
 
 # R R^T is that near to 1 for an orthogonal R in bfloat16 (2^-9 of each entry, so twice that).
 _NEAR = 0.01
@@ -79,16 +83,20 @@ def whitening(matrix: Tensor, size: int, *, resolution: float) -> Tensor:
     """The root of the covariance of all blocks of `matrix: [n, main]`, symmetric, float64.
 
     resolution: of an entry once it is stored; the root's eigenvalues are kept so far above 0 that
-    this rounding leaves it an inverse. The identity where nothing varies.
+    this rounding leaves it an inverse, and at `_LEAST` of the largest or of the mean's length at
+    least. The identity where nothing varies.
     """
     blocks = matrix.double().reshape(-1, size)
-    blocks = blocks - torch.from_numpy(blocks.numpy().mean(axis=0))
+    mean = torch.from_numpy(blocks.numpy().mean(axis=0))
+    blocks = blocks - mean
     values, vectors = torch.linalg.eigh(blocks.T @ blocks / len(blocks))
     roots = values.clamp(min=0).sqrt()
     if float(roots[-1]) == 0:
         return torch.eye(size, dtype=torch.float64)
     # rounding moves R by resolution * |R|_F <= resolution * sqrt(size) * roots[-1] at most
-    roots = roots.clamp(min=2 * resolution * math.sqrt(size) * float(roots[-1]))
+    stored = 2 * resolution * math.sqrt(size) * float(roots[-1])
+    largest = max(float(roots[-1]), float(np.linalg.norm(mean.numpy())))
+    roots = roots.clamp(min=max(stored, _LEAST * largest))
     root: Tensor = (vectors * roots) @ vectors.T
     return root
 

@@ -13,73 +13,42 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import warnings
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from vqkernels.errors import TensorError
 from vqkernels.parts import code_grid, codebook_sets
+from vqkernels.quantize.coverage import (
+    NORMS,
+    Bools,
+    Coverage,
+    Floats,
+    Ints,
+    measures,
+    reached,
+    shares,
+    together,
+    warn,
+)
 from vqkernels.quantize.layout import Vectors
-from vqkernels.quantize.prepare import prepare
+from vqkernels.quantize.recipe import Recipe
 from vqkernels.quantize.target import Target
 from vqkernels.spec import CodebookSpec
 
-__all__ = ["Coverage", "CoverageWarning", "coverage", "hold_out", "over_layers", "sample"]
+__all__ = ["hold_out", "over_layers", "sample"]
 
 # A rare outlier's weighted squared norm is so many times the mean: 6 times the root mean square.
 OUTLIER = 36.0
 # One in so many vectors of a sample is a certain outlier at most; with more they aren't rare.
 CERTAIN = 4
-# Vectors that each band of channels gets: so many strata of norms.
-NORMS = 16
-# What a sample needs for each entry: at 10, books of that layer cost 9.7 % more distortion.
-PER_ENTRY = 10
-# What it may miss: of the weighted squared norms, those past its longest vector; and of the
-# channels, in stretches of a 64th (a head of many language models) or as fine as NORMS allows.
-BEYOND, UNREACHED, STRETCHES = 0.05, 0.1, 64
 # A layer gets one in so many of the vectors that equal shares would give it, however small it is.
 LEAST = 4
-# Vectors whose norms are found together: 16 MiB of float64 at a length of 8.
-CHUNK = 1 << 18
 
 Seed = int | tuple[int, ...]
-Floats = npt.NDArray[np.float64]
-Ints = npt.NDArray[np.int64]
-Bools = npt.NDArray[np.bool_]
-
-
-class CoverageWarning(UserWarning):
-    """A sample that does not stand for its layer."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Coverage:
-    """What a sample reaches of a layer, in the worst of the books that it doesn't hold whole.
-
-    per_entry: vectors in the sample for each entry of the largest stage; inf where all are in it.
-    beyond: share of the weighted squared norms that is in vectors past the sample's largest.
-    unreached: share of the stretches of channels (output rows for vectors along `in`, input
-        columns for vectors along `out`) that the sample has no vector of.
-    """
-
-    per_entry: float
-    beyond: float
-    unreached: float
-
-    def problems(self) -> list[str]:
-        """What the sample misses, in words; nothing where it covers the layer."""
-        found = []
-        if self.per_entry < PER_ENTRY:
-            found.append(f"{self.per_entry:.3g} vectors an entry, of {PER_ENTRY} needed")
-        if self.beyond > BEYOND:
-            found.append(f"{self.beyond:.0%} of the squared norms are past its longest vector")
-        if self.unreached > UNREACHED:
-            found.append(f"{self.unreached:.0%} of the channels have no vector in it")
-        return found
+_DEFAULT = Recipe()
 
 
 def sample(
@@ -95,7 +64,7 @@ def sample(
     """
     kept = _sampled(vectors, spec, n, k, size, seed)
     if kept is not vectors:
-        _warn(_reached(vectors, kept, spec, n, k), f"the {n} x {k} layer")
+        warn(reached(vectors, kept, spec, n, k), f"the {n} x {k} layer")
     return kept
 
 
@@ -114,19 +83,9 @@ def hold_out(
     held = np.clip(np.rint(count * share), np.minimum(1, count - 1), count - 1)
     chance = np.where(real, held[:, None] / count[:, None], 0.0)
     random = np.random.default_rng(seed)
-    order = _strata(vectors, _measures(vectors)[1], spec, n, k, int(held.max()), random)
+    order = _strata(vectors, measures(vectors)[1], spec, n, k, int(held.max()), random)
     drawn = _draw(chance, order, random)
     return _taken(vectors, real & ~drawn, None), _taken(vectors, drawn, None)
-
-
-def coverage(vectors: Vectors, sampled: Vectors, spec: CodebookSpec, n: int, k: int) -> Coverage:
-    """What `sampled`, some of `vectors`, reaches of an `[n, k]` layer.
-
-    Warns where that is too little: a CoverageWarning of one line. Vectors of weight 0 don't count.
-    """
-    found = _reached(vectors, sampled, spec, n, k)
-    _warn(found, f"the {n} x {k} layer")
-    return found
 
 
 def over_layers(
@@ -135,11 +94,13 @@ def over_layers(
     size: int,
     *,
     seed: int,
+    recipe: Recipe = _DEFAULT,
     importance: Mapping[str, Tensor] | None = None,
 ) -> Vectors:
     """`size` vectors a book of all layers' weights at most, for codebooks that they share.
 
     weights: `[n, k]` each; read twice, one at a time, where the mapping reads them.
+    recipe: how each layer's scales, rotation and limits are found.
     importance: of each layer's squared errors, where there is one: anything that broadcasts to its
         weight.
 
@@ -148,6 +109,9 @@ def over_layers(
     layer to layer. Raises TensorError for what is no matrix, and for layers with other numbers of
     books. Warns as `sample`.
     """
+    # here, not above: side columns and rotations may need codebooks, which are trained on samples
+    from vqkernels.quantize.prepare import prepare
+
     shapes = {name: _shape(name, weight) for name, weight in weights.items()}
     if not shapes:
         raise TensorError("over_layers: there are no layers; give one at least")
@@ -159,19 +123,20 @@ def over_layers(
         )
     cells = {name: math.prod(code_grid(spec, n, k)) for name, (n, k) in shapes.items()}
     counts = [math.ceil(count / max(books)) for count in cells.values()]
-    shares = _allotted(counts, size)
-    kept, reached, before = list[Vectors](), list[Coverage](), 0
+    sizes = _allotted(counts, size)
+    kept, found, before = list[Vectors](), list[Coverage](), 0
     for number, (name, (n, k)) in enumerate(shapes.items()):
         matrix = weights[name].detach().cpu().float()
         each = None if importance is None else _broad(name, importance.get(name), n, k)
-        vectors = prepare(spec, Target(matrix, each), seed=seed)[0].vectors(spec)
-        some = _sampled(vectors, spec, n, k, shares[number], (seed, number))
-        reached.append(_reached(vectors, some, spec, n, k))
+        target = prepare(spec, Target(matrix, each), recipe, seed=seed)[0]
+        vectors = target.training().vectors(spec)
+        some = _sampled(vectors, spec, n, k, sizes[number], (seed, number))
+        found.append(reached(vectors, some, spec, n, k))
         moved = torch.where(some.cells < 0, some.cells, some.cells + before)
         kept.append(dataclasses.replace(some, cells=moved))
         before += cells[name]
     all_kept = _joined(kept)
-    _warn(_together(reached, all_kept, spec), f"the {len(shapes)} layers")
+    warn(together(found, all_kept, spec), f"the {len(shapes)} layers")
     return all_kept
 
 
@@ -186,31 +151,11 @@ def _sampled(
         raise TensorError(f"sample: a size of {size}; ask for 1 vector at least, or for 0: all")
     if size == 0 or size >= vectors.cells.shape[1]:
         return vectors
-    mass, spent = _measures(vectors)
+    mass, spent = measures(vectors)
     chance = _chances(mass, spent, size)
     random = np.random.default_rng(seed)
     drawn = _draw(chance, _strata(vectors, spent, spec, n, k, size, random), random)
     return _taken(vectors, drawn, 1 / np.where(drawn, chance, 1))
-
-
-def _measures(vectors: Vectors) -> tuple[Floats, Floats]:
-    """Weight and weighted squared norm of each vector: `[books, count]`, 0 for filling."""
-    books, count, _ = vectors.points.shape
-    points = vectors.points.detach().cpu().numpy()
-    weights = None if vectors.weights is None else vectors.weights.detach().cpu().numpy()
-    mass, spent = np.ones((books, count)), np.empty((books, count))
-    step = max(1, CHUNK // books)
-    for part in (slice(first, first + step) for first in range(0, count, step)):
-        squares = points[:, part].astype(np.float64) ** 2
-        if weights is None:
-            spent[:, part] = squares.sum(-1)
-            continue
-        each = weights[:, part].astype(np.float64).reshape(books, squares.shape[1], -1)
-        mass[:, part] = each.mean(-1)
-        spent[:, part] = (squares * each).sum(-1)
-    filling = vectors.cells.numpy() < 0
-    mass[filling], spent[filling] = 0, 0
-    return mass, spent
 
 
 def _chances(mass: Floats, spent: Floats, size: int) -> Floats:
@@ -223,22 +168,15 @@ def _chances(mass: Floats, spent: Floats, size: int) -> Floats:
     if size >= CERTAIN:
         np.put_along_axis(certain, spent.argmax(1)[:, None], True, 1)
     certain |= some & (some.sum(1, keepdims=True) <= size)
-    measure = _share(mass) + _share(spent)
+    measure = shares(mass) + shares(spent)
     while True:
         rest = np.where(certain, 0, measure)
         left = size - certain.sum(1, keepdims=True)
-        chance = np.where(certain, 1, _share(rest) * left)
+        chance = np.where(certain, 1, shares(rest) * left)
         over = (chance >= 1) & ~certain
         if not over.any():
             return chance
         certain |= over
-
-
-def _share(values: Floats) -> Floats:
-    """Each value over its book's sum; 0 where that is 0."""
-    total = values.sum(1, keepdims=True)
-    shares: Floats = np.divide(values, total, out=np.zeros_like(values), where=total > 0)
-    return shares
 
 
 def _strata(
@@ -299,59 +237,6 @@ def _taken(vectors: Vectors, drawn: Bools, factor: Floats | None) -> Vectors:
         weights = weights * (scale if weights.ndim == 2 else scale[..., None])
     weights[filling] = 0
     return Vectors(points, weights, cells)
-
-
-# ------------------------------------------------------------------------------------------------
-# coverage
-
-
-def _reached(vectors: Vectors, sampled: Vectors, spec: CodebookSpec, n: int, k: int) -> Coverage:
-    columns = code_grid(spec, n, k)[1]
-    cells = vectors.cells.numpy()
-    mass, spent = _measures(vectors)
-    flags = np.zeros(int(cells.max()) + 2, np.bool_)  # one more: where cell -1, filling, ends up
-    flags[sampled.cells.numpy().ravel()] = True
-    drawn = flags[cells] & (mass > 0)
-    channels = cells // columns if spec.vector_axis == "in" else cells % columns
-    counts = drawn.sum(1)
-    whole = counts == (mass > 0).sum(1)
-    largest = np.where(drawn, spent, 0).max(1, keepdims=True)
-    past = np.where(spent > largest, _share(spent), 0).sum(1)
-    return Coverage(
-        float(np.where(whole, np.inf, counts).min()) / spec.max_entries,
-        float(past.max()),
-        max(_unreached(*book) for book in zip(channels, mass > 0, drawn, strict=True)),
-    )
-
-
-def _unreached(channels: Ints, some: Bools, drawn: Bools) -> float:
-    """Share of the stretches of channels with vectors in `some` that `drawn` has none of."""
-    present, number = np.unique(channels[some], return_inverse=True)
-    if not len(present):
-        return 0.0
-    stretches = min(STRETCHES, len(present), max(1, int(drawn.sum()) // NORMS))
-    stretch = number * stretches // len(present)
-    return 1 - len(np.unique(stretch[drawn[some]])) / len(np.unique(stretch))
-
-
-def _together(layers: Sequence[Coverage], kept: Vectors, spec: CodebookSpec) -> Coverage:
-    """Of books that all layers train together: their vectors add up, what is missed doesn't."""
-    whole = all(math.isinf(layer.per_entry) for layer in layers)
-    fewest = int((kept.cells >= 0).sum(1).min())
-    return Coverage(
-        math.inf if whole else fewest / spec.max_entries,
-        max(layer.beyond for layer in layers),
-        max(layer.unreached for layer in layers),
-    )
-
-
-def _warn(found: Coverage, what: str) -> None:
-    if problems := found.problems():
-        warnings.warn(
-            f"the sample doesn't cover {what}: {'; '.join(problems)}; sample more vectors",
-            CoverageWarning,
-            stacklevel=3,
-        )
 
 
 # ------------------------------------------------------------------------------------------------

@@ -14,13 +14,15 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from vqkernels.quantize import vptq
 from vqkernels.quantize.codebook import round_to
-from vqkernels.quantize.kmeans import assign, kmeans
+from vqkernels.quantize.kmeans import assign
 from vqkernels.quantize.layout import join, split
+from vqkernels.quantize.propagate import column_order
 from vqkernels.quantize.recipe import Recipe, SideBy
 from vqkernels.spec import CodebookSpec
 
-__all__ = ["code_sides", "column_scores", "fit_uniform", "side_first", "uniform_codes"]
+__all__ = ["code_sides", "column_scores", "fit_uniform", "stored_order", "uniform_codes"]
 
 # How far from the mean towards each end a column's grid reaches at first: with few bits, the best
 # one leaves the extremes outside. Least squares goes on from each pair.
@@ -49,10 +51,28 @@ def column_scores(
     return torch.from_numpy(squares.numpy().sum(axis=0))
 
 
-def side_first(scores: Tensor, count: int) -> Tensor:
-    """Columns in stored order: the `count` with the most at stake, most first, then the others."""
-    order = scores.argsort(descending=True, stable=True)
-    return torch.cat([order[:count], order[count:].sort().values])
+def stored_order(spec: CodebookSpec, scores: Tensor) -> Tensor:
+    """Input features in the order in which `spec` stores them: `[k]`, for `scores: [k]`.
+
+    Side columns first, those with the most at stake, most first. Of the main ones, vectors along
+    `in` get a mixture each, dealt out in the order of their scores: each place of a vector then
+    has features that matter alike, and a codebook spends its entries on the places that do. With
+    columns of normal numbers whose sizes are log-normal (sigma 0.3), RQ with 64 + 16 entries of 4
+    leaves 0.81 of the error that it leaves in the features' own order; sorted, that alike lie in
+    one vector, it leaves more than in that. Otherwise, and before a rotation, which mixes them
+    anyway, they keep their order.
+    """
+    order = column_order(scores)
+    sides, main = order[: spec.side_columns], order[spec.side_columns :]
+    if spec.vector_axis == "out" or spec.rotation_size:
+        return torch.cat([sides, main.sort().values])
+    length, stride = spec.vector_length, spec.stride
+    vectors = torch.arange(-(-len(main) // (length * stride)) * stride)
+    starts = vectors // stride * length * stride + vectors % stride
+    places = (torch.arange(length)[:, None] * stride + starts).reshape(-1)
+    dealt = torch.empty_like(main)
+    dealt[places[places < len(main)]] = main
+    return torch.cat([sides, dealt])
 
 
 def code_sides(
@@ -97,21 +117,15 @@ def _by_codebook(
     recipe: Recipe,
     seed: int,
 ) -> dict[str, Tensor]:
+    if (book := known.get("outlier_codebook")) is None:
+        codes, book = vptq.outlier_codebook(columns, spec, recipe, weights=weights, seed=seed)
+        return {"outlier_codes": codes, "outlier_codebook": book}
     view = CodebookSpec(
         vector_length=spec.outlier_vector_length,
         stages=(spec.outlier_entries,),
         vector_axis="out",
     )
     vectors = split(view, columns, weights)
-    if (book := known.get("outlier_codebook")) is None:
-        found = kmeans(
-            vectors.points,
-            spec.outlier_entries,
-            weights=vectors.weights,
-            seed=seed,
-            iterations=recipe.iterations,
-        )
-        book = round_to(found.centroids[0], spec.side_dtype, "side_dtype")
     codes = assign(vectors.points, book.float()[None], weights=vectors.weights)
     n, count = columns.shape
     grid = join(view, n, count, vectors.cells, [codes])[..., 0]

@@ -7,6 +7,7 @@ import dataclasses
 import torch
 from torch import Tensor
 
+from vqkernels.quantize import beam
 from vqkernels.quantize.kmeans import assign
 from vqkernels.quantize.products import all_threads
 
@@ -26,20 +27,23 @@ class Sums:
     books: list[Tensor]
     weights: Tensor | None
 
-    def encode(self, beam: int) -> Tensor:
-        """The nearest sums of one entry a stage: codes `[sets, count, stages]`."""
-        codes = torch.empty(*self.points.shape[:2], 0, dtype=torch.int64)
-        for stage in range(len(self.books)):
-            found = self._nearest(stage, self.points - self._sums(codes))
-            codes = torch.cat([codes, found[..., None]], dim=-1)
-        return codes
+    def encode(self, width: int) -> Tensor:
+        """Sums of one entry a stage near to the points, by a beam search that keeps `width`.
+
+        Codes `[sets, count, stages]`.
+        """
+        with all_threads():
+            if len(self.books) == 1:
+                return assign(self.points, self.books[0], weights=self.weights)[..., None]
+            found = beam.encode(self.points, self.books, weights=self.weights, beam=width)
+        return torch.stack(found, dim=-1)
 
     def improve(self, known: Tensor, found: Tensor) -> Tensor:
         """The better of two codings, then each stage's code in turn the best for the others' sum.
 
         One round of iterated conditional modes (Besag 1986); no error is above that of `known`.
         """
-        codes, error = self._better(known, self._errors(known), found)
+        codes, error = self._better(known, self.errors(known), found)
         for stage, book in enumerate(self.books if len(self.books) > 1 else []):
             trial = codes.clone()
             rest = self.points - self._sums(codes) + _chosen(book, codes[..., stage])
@@ -52,13 +56,18 @@ class Sums:
             return assign(points, self.books[stage], weights=self.weights)
 
     def _better(self, codes: Tensor, error: Tensor, trial: Tensor) -> tuple[Tensor, Tensor]:
-        found = self._errors(trial)
+        found = self.errors(trial)
         better = found < error
         return torch.where(better[..., None], trial, codes), torch.where(better, found, error)
 
-    def _errors(self, codes: Tensor) -> Tensor:
+    def errors(self, codes: Tensor) -> Tensor:
+        """Weighted squared error of each point: `[sets, count]` float64."""
         errors = (self.points - self._sums(codes)).square()
-        return (errors if self.weights is None else errors * self.weights).sum(-1)
+        if self.weights is None:
+            return errors.sum(-1)
+        if self.weights.ndim == 2:
+            return errors.sum(-1) * self.weights
+        return (errors * self.weights).sum(-1)
 
     def _sums(self, codes: Tensor) -> Tensor:
         """What the stages' codes stand for: `[sets, count, length]` float64."""

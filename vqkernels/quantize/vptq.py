@@ -23,10 +23,19 @@ __all__ = ["fit", "outlier_codebook"]
 
 def fit(target: Target, spec: CodebookSpec, recipe: Recipe, *, seed: int) -> list[Stage]:
     """The stages of `spec`: main first; vectors of any axis, stride, groups and subspaces."""
-    stages = rq.fit(target, spec, recipe, seed=seed)
     if target.hessian is None or not recipe.propagate:
-        return stages
-    return refine(target, spec, recipe, stages)
+        return rq.fit(target, spec, recipe, seed=seed)
+    return refine(target, spec, recipe, _trained(target, spec, recipe, seed))
+
+
+def _trained(target: Target, spec: CodebookSpec, recipe: Recipe, seed: int) -> list[Stage]:
+    """The stages' codebooks, each of what those before it leave; codes of the sample alone."""
+    vectors = vq.training_vectors(target, target.vectors(spec), spec, recipe, seed)
+    stages = list[Stage]()
+    for stage in range(len(spec.stages)):
+        stages.append(vq.fit_stage(vectors, spec, recipe, stage, seed=seed))
+        vectors = vectors.minus(stages[-1].decode())
+    return stages
 
 
 def outlier_codebook(

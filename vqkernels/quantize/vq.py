@@ -7,6 +7,9 @@ from __future__ import annotations
 
 import dataclasses
 
+from torch import Tensor
+
+from vqkernels.quantize import sampling
 from vqkernels.quantize.codebook import Stage, store
 from vqkernels.quantize.kmeans import assign, cluster
 from vqkernels.quantize.layout import Vectors
@@ -14,12 +17,26 @@ from vqkernels.quantize.recipe import Recipe
 from vqkernels.quantize.target import Target
 from vqkernels.spec import CodebookSpec
 
-__all__ = ["fit", "fit_stage"]
+__all__ = ["fit", "fit_stage", "training_vectors"]
 
 
 def fit(target: Target, spec: CodebookSpec, recipe: Recipe, *, seed: int) -> list[Stage]:
-    """The one stage of `spec`."""
-    return [fit_stage(target.vectors(spec), spec, recipe, 0, seed=seed)]
+    """The one stage of `spec`, with codes of all vectors."""
+    vectors = target.vectors(spec)
+    some = training_vectors(target, vectors, spec, recipe, seed)
+    stage = fit_stage(some, spec, recipe, 0, seed=seed)
+    if some is not vectors:
+        stage = dataclasses.replace(stage, codes=_codes(vectors, stage, spec))
+    return [stage]
+
+
+def training_vectors(
+    target: Target, vectors: Vectors, spec: CodebookSpec, recipe: Recipe, seed: int
+) -> Vectors:
+    """What codebooks are trained on: a sample where the recipe asks for one, else all `vectors`."""
+    n, main = target.matrix.shape
+    size = recipe.sample
+    return sampling.sample(vectors, spec, n, main + spec.side_columns, size, seed=seed)
 
 
 def fit_stage(
@@ -38,5 +55,8 @@ def fit_stage(
     stored = store(vectors, found.centroids, spec.codebook_dtype, coefficient=factor)
     if spec.distance == "l2":
         return stored
-    codes = assign(vectors.points, stored.entries, weights=vectors.weights, distance=spec.distance)
-    return dataclasses.replace(stored, codes=codes)
+    return dataclasses.replace(stored, codes=_codes(vectors, stored, spec))
+
+
+def _codes(vectors: Vectors, stage: Stage, spec: CodebookSpec) -> Tensor:
+    return assign(vectors.points, stage.entries, weights=vectors.weights, distance=spec.distance)

@@ -23,12 +23,15 @@ from tests.bench.quality.models import (
     OUTPUT,
     QUERY,
     dense,
+    inputs,
     make_model,
     make_quantised,
     quantised,
 )
+from vqkernels.calibration import Calibration, save_calibration
 from vqkernels.formats.npz import save_npz
-from vqkernels.quality import distortion
+from vqkernels.presets import parse_format
+from vqkernels.quality import distortion, run_error
 from vqkernels.quantize import quantize, relative_error
 from vqkernels.spec import CodebookSpec
 
@@ -175,6 +178,60 @@ def test_formats_are_quantised_here_and_compared(model: Path, tmp_path: Path) ->
     assert head[:2] == ["candidate", "layer"]
 
 
+def test_a_calibration_says_what_errors_weigh(model: Path, tmp_path: Path) -> None:
+    path = tmp_path / "run.safetensors"
+    # inputs that matter very unlike
+    x = inputs(32, tokens=200) * torch.logspace(-2, 0, 32)
+    recorded = {"0.query": x, "9.value": x}
+    calibration = Calibration.from_activations(recorded, holdout=0.2)
+    save_calibration(path, calibration)
+    arguments = [model, "-f", "vq-16x4", "--calibration", path, "--seed", 2]
+    plain = report(tmp_path, *arguments)
+    assert plain["calibration"]["layers"] == 2
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    assert plain["calibration"]["sha256"] == {"run.safetensors": digest}
+    output, query = plain["candidates"][0]["layers"]
+    assert (output["layer"], output["inputs"]) == (OUTPUT, "gaussian")
+    assert (query["inputs"], query["tokens"]) == ("held-out", 40)
+    moments = calibration["0.query"]
+    tensor = quantize(dense()[QUERY], parse_format("vq-16x4"), seed=2)
+    assert moments.gram is not None
+    expected = run_error(dense()[QUERY], tensor, moments.gram)
+    assert query["measures"]["run_error"] == pytest.approx(expected.error, rel=1e-9)
+    result = run(*arguments, "--limit", "run_error<=1")
+    assert result.exit_code == 1
+    assert f"vq-16x4: {OUTPUT}: run_error was not measured" in result.stderr
+    assert "outputs of 1 layers: on held-out tokens" in result.stderr
+    (weighted,) = report(tmp_path, *arguments, "--weighted", "--set", "beam=3")["candidates"]
+    assert (weighted["origin"]["weighted"], weighted["origin"]["recipe"]) == (True, {"beam": 3})
+    better = weighted["layers"][1]["measures"]
+    assert better["weighted_error"] < 0.7 * query["measures"]["weighted_error"]
+    assert better["relative_error"] > query["measures"]["relative_error"]
+
+
+def test_entries_of_int8_have_a_cost(model: Path, tmp_path: Path) -> None:
+    toml = tmp_path / "small.toml"
+    toml.write_text('vector_length = 4\nstages = [16]\ncodebook_dtype = "int8"\n')
+    target = tmp_path / "report.json"
+    result = run(model, "-f", toml, "-f", "vq-16x4", "--json", target, "--totals")
+    assert "int8 cost" in result.stdout
+    int8, half = read_report(target).candidates
+    assert (int8.label, half.label) == ("small", "vq-16x4")
+    assert 0 < (int8.totals["int8_cost"] or 0) < 0.05
+    assert half.totals["int8_cost"] is None
+
+
+def test_several_of_one_name_are_told_apart(model: Path, tmp_path: Path) -> None:
+    paths = [make_quantised(_folder(tmp_path / at) / "x.npz.safetensors") for at in "ab"]
+    found = report(tmp_path, model, *paths)["candidates"]
+    assert [one["label"] for one in found] == list(map(str, paths))
+
+
+def _folder(path: Path) -> Path:
+    path.mkdir()
+    return path
+
+
 def test_machine_forms_have_every_measure(model: Path, container: Path) -> None:
     rows = list(csv.DictReader(io.StringIO(run(model, container, "-o", "csv").stdout)))
     assert [row["layer"] for row in rows] == [QUERY, OUTPUT, "total"]
@@ -208,13 +265,20 @@ def test_a_report_is_read_again_and_held_to_limits(
 def test_infinite_errors_survive_the_file(tmp_path: Path, container: Path) -> None:
     tensors = dense() | {QUERY: torch.zeros(24, 32)}
     target = tmp_path / "report.json"
-    assert run(make_model(tmp_path / "m.safetensors", tensors), container, "--json", target)
+    result = run(make_model(tmp_path / "m.safetensors", tensors), container, "--json", target)
+    assert result.exit_code == 0
+    assert " inf " in result.stdout
     content = target.read_text()
     assert '"relative_error": "inf"' in content
     assert "Infinity" not in content
     found = read_report(target)
     assert found.candidates[0].layers[0].measures["relative_error"] == math.inf
     assert run(target, "--limit", "relative_error=1e9").exit_code == 1
+    target.write_text(content.replace('"relative_error": "inf"', '"relative_error": "nan"'))
+    for limit in ("relative_error<=9", "relative_error>=0"):
+        result = run(target, "--limit", limit)
+        assert "relative_error nan is not" in result.stderr
+        assert result.exit_code == 1
 
 
 def test_a_report_is_kept_when_a_limit_is_of_nothing(
@@ -240,7 +304,7 @@ def test_a_report_is_kept_when_a_limit_is_of_nothing(
         (["wide", "x"], "tensor '0.query.weight': weight: shape [24, 33], but the tensor is"),
         (["nan", "x"], "tensor '0.query.weight': weight: holds NaN"),
         (["model", "x", "-l", "*.key.*"], "no tensor matches '*.key.*'"),
-        (["model", "-f", "vq-16x4", "-l", "*.key.*"], "no matrix matches *.key.*"),
+        (["model", "-f", "vq-16x4", "-l", "*.key.*"], "no tensor matches *.key.*"),
         (["model", "-f", "vq-9"], "error: format 'vq-9' is unknown"),
         (["nan", "-f", "vq-16x4"], "tensor '0.query.weight': weight: holds NaN or infinity"),
         (["model", "x", "--limit", "mse"], "error: limit 'mse' is none; write NAME=VALUE"),
@@ -249,6 +313,10 @@ def test_a_report_is_kept_when_a_limit_is_of_nothing(
         (["model", "x", "--limit", "total.speed<=1"], "nothing is called 'speed'"),
         (["model", "x", "--limit", "a.b=1"], "say which way, with a.b<=VALUE or a.b>=VALUE"),
         (["model", "x", "--json", "none/x.json"], "error: none/x.json: can't be written"),
+        (["model", "x", "--calibration", "model"], "error: model: is no calibration"),
+        (["model", "x", "--calibration", "run"], "none of its 1 layers (z, ...) is in model"),
+        (["model", "x", "--weighted"], "--weighted is of --format, by a --calibration"),
+        (["model", "-f", "vq-16x4", "--set", "beam"], "--set beam: write NAME=VALUE"),
         (["bad.json"], "is no valid JSON"),
         (["empty.json"], "is no quality report, and this vqbench reads version 1"),
         (["new.json"], "is a quality report of version 2, and this vqbench reads version 1"),
@@ -269,6 +337,7 @@ def test_bad_input_ends_in_2_with_one_line(
     make_model(tmp_path / "other", {"a.weight": torch.ones(2, 2)})
     make_model(tmp_path / "wide", tensors | {QUERY: torch.ones(24, 33)})
     make_model(tmp_path / "nan", tensors | {QUERY: torch.full((24, 32), math.nan)})
+    save_calibration(tmp_path / "run", Calibration.from_activations({"z": torch.ones(9, 2)}))
     texts = {"bad": "{", "empty": "{}", "new": '{"vqbench_quality": 2}'}
     for name, text in (texts | {"part": '{"vqbench_quality": 1}'}).items():
         (tmp_path / f"{name}.json").write_text(text)

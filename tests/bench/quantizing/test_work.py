@@ -201,11 +201,18 @@ def test_a_damaged_layer_is_quantised_again(
     assert (begun / TARGET).read_bytes() == whole(model, tmp_path / "whole")
 
 
-def test_a_layer_of_another_job_is_quantised_again(model: Path, begun: Path, stop: Stop) -> None:
-    folder = begun / WORK
-    (folder / "00000.safetensors").write_bytes((folder / "00001.safetensors").read_bytes())
+def test_a_layer_of_another_job_is_quantised_again(
+    model: Path, begun: Path, tmp_path: Path, stop: Stop
+) -> None:
+    stop(at=2)
+    run(model, tmp_path / "other", "--seed", "1")
+    mine, other = (folder / WORK for folder in (begun, tmp_path / "other"))
+    (mine / "00000.safetensors").write_bytes((other / "00000.safetensors").read_bytes())
+    (mine / "00002.safetensors").write_bytes((mine / "00001.safetensors").read_bytes())
     seen = stop()
-    assert "is a layer of another job" in run(model, begun).stderr
+    said = run(model, begun).stderr
+    for number in (0, 2):
+        assert f"0000{number}.safetensors: is a layer of another job: so " in said
     assert len(seen) == 3
 
 

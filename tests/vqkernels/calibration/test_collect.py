@@ -226,6 +226,7 @@ def test_quantised_layers_count_as_the_dense_ones_they_stand_for():
 def test_layers_are_chosen_by_glob():
     model, batches = Block(), [tokens(4, 6)]
     assert set(quiet(model, batches, layers=["up", "d*"])) == {"up", "down"}
+    assert set(quiet(model, batches, layers=["up.weight", "h*.weight"])) == {"up", "head"}
     with pytest.raises(
         TensorError, match="'q\\*' names no linear layer; there are 'up' and 2 more"
     ):

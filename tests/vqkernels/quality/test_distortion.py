@@ -99,12 +99,22 @@ def test_an_exact_matrix_has_no_error_and_a_swapped_code_shows() -> None:
     assert (found.mse, found.relative_error, found.max_error, found.weighted_error) == (0, 0, 0, 0)
     assert found.cosine == pytest.approx(1, abs=1e-15)
     assert (run.error, run.cosine) == (0, pytest.approx(1, abs=1e-15))
+    for change in (-5.0, 5.0):
+        other = weight.clone()
+        other[7, 7] += change
+        assert distortion(other, tensor).max_error == pytest.approx(5)
     codes = tensor.parts["codes"].clone()
     codes[-1, -1, 0] ^= 1
     swapped = tensor.replace_parts(codes=codes)
     assert distortion(weight, swapped).relative_error > 1e-5
     assert distortion(weight, swapped).cosine < 1 - 1e-6
     assert run_error(weight, swapped, gram).error > 1e-6
+
+
+def test_what_rounding_carries_past_its_end_is_brought_back() -> None:
+    assert pieces.share(-1e-20, 1.0) == 0
+    assert pieces.cosine(1 + 1e-15, 1.0, 1.0) == 1
+    assert pieces.cosine(-1 - 1e-15, 1.0, 1.0) == -1
 
 
 def test_of_zeros_either_all_or_nothing_is_lost() -> None:
@@ -121,8 +131,9 @@ def test_of_zeros_either_all_or_nothing_is_lost() -> None:
 
 
 def test_equal_bits_on_one_thread_and_on_two() -> None:
-    weight, tensor = pair(SPECS[0], 64, 48)
-    gram = inputs(48).T @ inputs(48)
+    # large enough for torch to split its products and sums
+    weight, tensor = pair(SPECS[0], 300, 400)
+    gram = inputs(400).T @ inputs(400)
     before, found = torch.get_num_threads(), []
     try:
         for threads in (1, 2):

@@ -1,3 +1,4 @@
+import dataclasses
 import itertools
 
 import numpy as np
@@ -5,6 +6,7 @@ import pytest
 import torch
 
 from tests.vqkernels.quantize.hessians import correlated, normal, output_error
+from vqkernels.errors import UnsupportedError
 from vqkernels.quantize import Recipe, conjugate, quantize
 from vqkernels.quantize.descent import descend
 from vqkernels.quantize.grid import grid_of
@@ -12,14 +14,10 @@ from vqkernels.quantize.target import Target
 from vqkernels.spec import CodebookSpec
 
 SHAPES = [
-    {},
-    {"vector_width": 2},
     {"vector_width": 3, "vector_length": 3, "stride": 2},
-    {"vector_axis": "out"},
-    {"vector_axis": "out", "stride": 2, "subspaces": 2},
-    {"stride": 4, "subspaces": 2},
     {"vector_width": 3, "group_axis": "row", "group_size": 15},
-    {"group_axis": "column", "group_size": 16},
+    {"stride": 4, "subspaces": 2, "group_axis": "column", "group_size": 16},
+    {"vector_axis": "out", "stride": 2, "subspaces": 2},
     {"vector_axis": "out", "group_axis": "column", "group_size": 11},
     {"vector_axis": "out", "group_axis": "row", "group_size": 16},
 ]
@@ -86,8 +84,8 @@ def test_descent_ends_where_no_single_change_helps(fields):
 
 
 def test_descent_is_often_the_best_of_all_codings():
-    grid, entries, codes = tiny({}, 24, 6)
-    choices = [list(itertools.product(range(3), range(2)))] * grid.columns
+    grid, entries, codes = tiny({"stages": (2, 2)}, 24, 6)
+    choices = [list(itertools.product(range(2), range(2)))] * grid.columns
     every = torch.tensor(list(itertools.product(*choices)))
     losses = []
     for cells in every:  # rows don't touch each other: all try the same codes at once
@@ -105,11 +103,11 @@ def test_descent_is_often_the_best_of_all_codings():
 @pytest.mark.parametrize("fields", SHAPES)
 def test_a_sweep_never_loses(fields):
     spec = make(**fields)
-    target = Target(normal(50, 46), None, correlated(46), normal(50, seed=4).exp())
+    target = Target(normal(50, 25), None, correlated(25), normal(50, seed=4).exp())
     grid = grid_of(target, spec)
     entries, codes = books_of(spec, grid)
     losses = [loss_of(grid, entries, codes)]
-    for _ in range(3):
+    for _ in range(2):
         codes = descend(grid, entries, codes, beam=2)
         losses.append(loss_of(grid, entries, codes))
     assert losses == sorted(losses, reverse=True)
@@ -182,22 +180,55 @@ def test_entries_that_nothing_uses_stay():
 
 @pytest.mark.parametrize(
     "fields",
-    [*SHAPES, {"codebook_dtype": "int8"}, {"codebook_dtype": "bfloat16"}, {"scale_axis": "row"},
-     {"vector_axis": "out", "scale_axis": "column"}],
+    [{}, {"codebook_dtype": "int8"}, {"vector_width": 2, "vector_length": 2, "scale_axis": "row"},
+     {"vector_axis": "out", "group_axis": "column", "group_size": 11, "scale_axis": "column"}],
 )  # fmt: skip
 def test_more_rounds_lose_less(fields):
-    weight, hessian = normal(50, 46), correlated(46, seed=3)
+    weight, hessian = normal(50, 30), correlated(30, seed=3)
     errors = []
-    for rounds in (0, 1, 3):
-        recipe = Recipe(refits=rounds, iterations=5, propagate=False)
+    for rounds in (0, 1, 2):
+        recipe = Recipe(refits=rounds, iterations=5, beam=2, propagate=False)
         tensor = quantize(weight, make(**fields), hessian=hessian, recipe=recipe)
         tensor.validate()
         errors.append(output_error(weight, tensor.decode(), hessian))
     assert errors[2] <= errors[1] < 0.8 * errors[0]
 
 
+def test_without_a_hessian_it_loses_no_more_than_a_residual_quantization():
+    weight, weights = normal(60, 40), normal(60, 40, seed=2).exp()
+    for each in (None, weights, weights[:, :1]):
+        mass = 1 if each is None else each
+        errors = []
+        for method in ("rq", "additive"):
+            recipe = Recipe(iterations=3, beam=1, refits=1)
+            found = quantize(weight, make(method=method), weights=each, recipe=recipe)
+            errors.append(float((mass * (weight - found.decode()).square()).sum()))
+        assert errors[1] < 0.995 * errors[0]
+
+
+def test_entries_that_have_to_be_vectors_of_the_weight_stay_so():
+    weight, hessian = normal(60, 40), correlated(40)
+    recipe = Recipe(iterations=3, beam=2, refits=2, clustering="medoids")
+    tensor = quantize(weight, make(stages=(8,)), hessian=hessian, recipe=recipe)
+    vectors = {tuple(vector) for vector in weight.reshape(-1, 4).tolist()}
+    book = tensor.parts["codebook_0"].reshape(-1, 4)
+    assert all(tuple(entry) in vectors for entry in book.tolist())
+    more = quantize(weight, make(), hessian=hessian, recipe=recipe)
+    less = quantize(weight, make(), hessian=hessian, recipe=dataclasses.replace(recipe, refits=0))
+    errors = [output_error(weight, found.decode(), hessian) for found in (more, less)]
+    assert errors[0] < errors[1]
+
+
+def test_a_cosine_distance_does_not_go_with_a_full_hessian():
+    spec = make(distance="cosine", vector_axis="out")
+    with pytest.raises(UnsupportedError, match="distance = 'cosine' doesn't go with") as caught:
+        quantize(normal(48, 30), spec, hessian=correlated(30), recipe=Recipe(iterations=2))
+    assert "\n" not in str(caught.value)
+    quantize(normal(48, 30), spec, hessian=correlated(30).diagonal()).validate()
+
+
 def test_propagation_is_the_better_start(minilm_weight):
-    weight, hessian = minilm_weight[:256], correlated(384)
+    weight, hessian = minilm_weight[:128, :192], correlated(192)
     errors = {}
     for name, options in {
         "plain": {"propagate": False, "refits": 0},
@@ -205,8 +236,8 @@ def test_propagation_is_the_better_start(minilm_weight):
         "propagated": {"refits": 0},
         "both": {"refits": 2},
     }.items():
-        recipe = Recipe(iterations=5, **options)
-        tensor = quantize(weight, make(stages=(64, 64), vector_length=8), hessian=hessian,
+        recipe = Recipe(iterations=3, beam=1, **options)
+        tensor = quantize(weight, make(stages=(32, 32), vector_length=8), hessian=hessian,
                           recipe=recipe)  # fmt: skip
         errors[name] = output_error(weight, tensor.decode(), hessian)
     assert errors["both"] < 0.5 * errors["plain"]
@@ -216,10 +247,10 @@ def test_propagation_is_the_better_start(minilm_weight):
 
 def test_the_number_of_threads_changes_no_bit(threads, monkeypatch):
     monkeypatch.setattr("vqkernels.quantize.products.PIECE", 64)
-    weight, hessian, parts = normal(400, 130), correlated(130), []
+    weight, hessian, parts = normal(150, 64), correlated(64), []
     for count in (1, 2):
         torch.set_num_threads(count)
-        recipe = Recipe(iterations=3, refits=2)
+        recipe = Recipe(iterations=3, refits=1)
         parts.append(quantize(weight, make(), hessian=hessian, recipe=recipe).parts)
     for name, part in parts[0].items():
         assert torch.equal(part, parts[1][name]), name

@@ -4,8 +4,8 @@ import torch
 
 from tests.vqkernels.quantize.hessians import correlated, normal
 from vqkernels.errors import TensorError
-from vqkernels.quantize import propagate
-from vqkernels.quantize.grid import grid_of
+from vqkernels.quantize import Recipe, propagate
+from vqkernels.quantize.layout import join
 from vqkernels.quantize.propagate import column_order, compensate, encode
 from vqkernels.quantize.target import Target
 from vqkernels.spec import CodebookSpec
@@ -18,9 +18,9 @@ def make(**fields):
 
 def coded(target, spec, entries, damping=0.01):
     """Codes in the order of the code grid, by the module under test."""
-    grid = grid_of(target, spec)
-    codes = encode(grid, entries, beam=1, damping=damping)
-    return codes[:, grid.order.argsort()]
+    found = encode(target, spec, entries, Recipe(beam=1, damping=damping))
+    n, k = target.matrix.shape
+    return join(spec, n, k, target.vectors(spec).cells, found).long()
 
 
 def gptq(weight, hessian, levels, damping):
@@ -145,8 +145,8 @@ def test_fewer_tokens_than_inputs_need_damping():
 @pytest.mark.parametrize("axis", ["in", "out"])
 def test_the_number_of_threads_changes_no_bit(threads, monkeypatch, axis):
     monkeypatch.setattr("vqkernels.quantize.products.PIECE", 64)
-    target, entries = Target(normal(512, 160), None, correlated(160)), [normal(1, 64, 8, seed=1)]
-    spec, found = make(vector_length=8, stages=(64,), vector_axis=axis), []
+    target, entries = Target(normal(320, 160), None, correlated(160)), [normal(1, 16, 8, seed=1)]
+    spec, found = make(vector_length=8, vector_axis=axis), []
     for count in (1, 2):
         torch.set_num_threads(count)
         found.append(coded(target, spec, entries))

@@ -47,7 +47,7 @@ def error_of(weight, spec, **options):
 def test_codes_are_the_nearest_of_the_stored_entries(dtype, axis):
     weight = normal(64, 48)
     spec = make(stages=(32, 8), codebook_dtype=dtype, vector_axis=axis)
-    tensor = quantize(weight, spec)
+    tensor = quantize(weight, spec, recipe=Recipe(beam=1, refits=0))
     tensor.validate()
     cells = (weight if axis == "in" else weight.T).reshape(-1, 4).double()
     codes = tensor.parts["codes"] if axis == "in" else tensor.parts["codes"].transpose(0, 1)
@@ -358,13 +358,18 @@ def test_any_shape(n, k, length, stride, subspaces, axis, width, group, scale, d
         check_fit(make(stages=(entries,), **fields), n, k)
     except UnsupportedError:
         reject()
+    greedy = Recipe(iterations=4, beam=1, refits=0)
     errors = []
     for stages in ((entries,), (entries, entries), (entries,) * 3):
-        tensor = quantize(weight, make(stages=stages, **fields), recipe=Recipe(iterations=4))
+        tensor = quantize(weight, make(stages=stages, **fields), recipe=greedy)
         tensor.validate()
         errors.append(relative_error(weight, tensor))
     assert errors[1] <= errors[0] * 1.0001 + 1e-9
     assert errors[2] <= errors[1] * 1.0001 + 1e-9
+    together = Recipe(iterations=4, refits=1)
+    tensor = quantize(weight, make(stages=(entries, entries), **fields), recipe=together)
+    tensor.validate()
+    assert relative_error(weight, tensor) <= errors[1] * 1.0001 + 1e-9
 
 
 def test_codes_and_books_agree_with_the_decoder():

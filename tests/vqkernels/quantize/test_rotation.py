@@ -59,7 +59,7 @@ def test_random_rotations_are_haar():
 
 
 def correlated(rows=512, size=16):
-    mixing = normal(size, size, seed=5)
+    mixing = 2 * torch.eye(size) + 0.4 * normal(size, size, seed=5)
     return normal(rows, 4 * size) @ torch.block_diag(*[mixing] * 4) + 2
 
 

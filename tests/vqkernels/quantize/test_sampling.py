@@ -13,8 +13,8 @@ from sklearn.model_selection import train_test_split
 
 from vqkernels.errors import TensorError
 from vqkernels.quantize import sampling
+from vqkernels.quantize.coverage import CoverageWarning, coverage
 from vqkernels.quantize.layout import Vectors, block, split
-from vqkernels.quantize.sampling import CoverageWarning
 from vqkernels.spec import CodebookSpec
 
 
@@ -62,7 +62,7 @@ def test_each_vector_weighs_on_average_what_it_weighed(axis, weighted):
     vectors = split(spec, matrix, weights)
     truth = sums_by_row(vectors, 20, 14, axis)
     found = torch.stack(
-        [sums_by_row(drawn(vectors, spec, 20, 14, 9, seed), 20, 14, axis) for seed in range(300)]
+        [sums_by_row(drawn(vectors, spec, 20, 14, 9, seed), 20, 14, axis) for seed in range(120)]
     )
     mean, spread = found.mean(0), found.std(0) / math.sqrt(len(found))
     assert (abs(mean - truth) <= 4 * spread + 1e-6 * truth).all()
@@ -312,7 +312,7 @@ def test_norms_past_the_samples_longest_are_warned_of():
     vectors = split(spec, matrix, None)
     longest = vectors.cells[0].tolist().index(5 * 16)
     others = [at for at in range(1024) if at != longest][::3]
-    found = sampling.coverage(vectors, some_of(vectors, [*others, longest]), spec, 64, 64)
+    found = coverage(vectors, some_of(vectors, [*others, longest]), spec, 64, 64)
     assert found.beyond == 0
     for factor, warned in ((0.9, False), (1.0, True)):
         points = vectors.points.clone()
@@ -320,7 +320,7 @@ def test_norms_past_the_samples_longest_are_warned_of():
         near = Vectors(points, None, vectors.cells)
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            found = sampling.coverage(near, some_of(near, others), spec, 64, 64)
+            found = coverage(near, some_of(near, others), spec, 64, 64)
         beyond = float(points[0, longest].square().sum() / points.square().sum())
         assert found.beyond == pytest.approx(beyond, rel=1e-6)
         assert [str(one.message) for one in caught] == (
@@ -338,9 +338,9 @@ def test_channels_without_a_vector_are_warned_of(axis):
     vectors = split(spec, matrix, None)
     channel = vectors.cells[0] // 50 if axis == "in" else vectors.cells[0] % 40
     reached = some_of(vectors, channel < 36)
-    assert sampling.coverage(vectors, reached, spec, n, k).unreached == pytest.approx(0.1)
+    assert coverage(vectors, reached, spec, n, k).unreached == pytest.approx(0.1)
     with pytest.warns(CoverageWarning, match="12% of the channels have no vector in it"):
-        found = sampling.coverage(vectors, some_of(vectors, channel < 35), spec, n, k)
+        found = coverage(vectors, some_of(vectors, channel < 35), spec, n, k)
     assert found.unreached == pytest.approx(0.125)
 
 
@@ -348,9 +348,9 @@ def test_wide_layers_are_reached_by_stretches_of_channels():
     spec = make()
     vectors = split(spec, torch.ones(640, 8), None)
     every_tenth = vectors.cells[0] // 2 % 10 == 0
-    assert sampling.coverage(vectors, some_of(vectors, every_tenth), spec, 640, 8).unreached == 0
+    assert coverage(vectors, some_of(vectors, every_tenth), spec, 640, 8).unreached == 0
     with pytest.warns(CoverageWarning, match="50% of the channels"):
-        sampling.coverage(vectors, some_of(vectors, vectors.cells[0] < 640), spec, 640, 8)
+        coverage(vectors, some_of(vectors, vectors.cells[0] < 640), spec, 640, 8)
 
 
 def test_a_book_that_is_in_the_sample_as_a_whole_is_covered():
@@ -358,9 +358,9 @@ def test_a_book_that_is_in_the_sample_as_a_whole_is_covered():
     vectors = split(spec, normal(36, 160), None)  # books of 320 vectors, and one of 160
     kept = sampling.sample(vectors, spec, 36, 160, 200, seed=0)
     assert (kept.cells[-1] >= 0).sum() == 160
-    found = sampling.coverage(vectors, kept, spec, 36, 160)
+    found = coverage(vectors, kept, spec, 36, 160)
     assert found.per_entry == 200 / 16
-    assert sampling.coverage(vectors, vectors, spec, 36, 160).per_entry == math.inf
+    assert coverage(vectors, vectors, spec, 36, 160).per_entry == math.inf
 
 
 # --- several layers ---

@@ -6,7 +6,7 @@ import torch
 
 from vqkernels.errors import UnsupportedError
 from vqkernels.quantize import Recipe, quantize, relative_error
-from vqkernels.quantize.sides import column_scores, fit_uniform, side_first, uniform_codes
+from vqkernels.quantize.sides import column_scores, fit_uniform, stored_order, uniform_codes
 from vqkernels.spec import CodebookSpec
 
 
@@ -28,7 +28,8 @@ def test_the_largest_columns_are_kept_out():
     tensor = quantize(weight, make(outlier_columns=2, uniform_columns=1, permuted=True))
     tensor.validate()
     order = tensor.parts["permutation"].tolist()
-    assert order == [5, 31, 18, *(c for c in range(40) if c not in (5, 18, 31))]
+    assert order[:3] == [5, 31, 18]
+    assert sorted(order) == list(range(40))
     assert torch.equal(tensor.parts["outliers"], weight[:, [5, 31]])
 
 
@@ -60,9 +61,48 @@ def test_scores_are_weighted_squares():
     ):
         found = column_scores(weight, weights, by, lambda: weight / 2)
         torch.testing.assert_close(found, expected)
-    assert torch.equal(
-        side_first(torch.tensor([1.0, 3, 2, 3]), 2), torch.tensor([1, 3, 0, 2])
-    )  # of equals, the first
+
+
+def test_main_columns_are_dealt_out_to_vectors():
+    scores = torch.tensor([5.0, 9, 1, 7, 3, 8, 2, 6, 4])  # two sides, then two vectors of 3 and 1
+    order = stored_order(make(vector_length=3, outlier_columns=1, uniform_columns=1), scores)
+    assert scores[order].tolist() == [9, 8, 7, 4, 2, 6, 3, 1, 5]
+    # every other element is the same vector's; 3 of 4 places in the second are padding
+    order = stored_order(make(vector_length=2, stride=2), scores[:5])
+    assert scores[order].tolist() == [9, 7, 3, 1, 5]
+    for fields in ({"vector_axis": "out"}, {"rotation_size": 7}):
+        order = stored_order(make(**fields, outlier_columns=2), scores)
+        assert order.tolist() == [1, 5, 0, 2, 3, 4, 6, 7, 8]
+    # of equals, the first
+    assert stored_order(make(vector_length=1), torch.ones(4)).tolist() == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_dealt_columns_are_coded_better(weighted):
+    sizes = torch.exp(0.5 * normal(64, seed=4))
+    weight = normal(256, 64) * (1 if weighted else sizes)
+    weights = sizes.square() if weighted else None
+    errors = [
+        float(((weight - tensor.decode()).square() * sizes.square() ** weighted).sum())
+        for tensor in (
+            quantize(weight, make(stages=(64,), permuted=permuted), weights=weights)
+            for permuted in (False, True)
+        )
+    ]
+    assert errors[1] < 0.9 * errors[0]
+
+
+def test_main_columns_make_up_for_what_sides_lose():
+    inputs = normal(500, 32, seed=1) @ (normal(32, 32, seed=2) + 2)
+    hessian, weight = inputs.T @ inputs, normal(128, 32)
+    spec = make(stages=(64,), vector_length=1, uniform_columns=6, uniform_bits=2, permuted=True)
+
+    def lost(propagate):
+        recipe = Recipe(propagate=propagate)
+        error = weight - quantize(weight, spec, hessian=hessian, recipe=recipe).decode()
+        return float(torch.einsum("ri,ij,rj->", error, hessian.double(), error))
+
+    assert lost(True) < 0.2 * lost(False)
 
 
 def test_columns_away_from_0_are_no_outliers_once_a_zero_is_taken_off():
@@ -87,7 +127,7 @@ def test_the_choice_is_as_good_as_trying_all(by):
     tensor = quantize(weight, make(**fields, permuted=True), recipe=Recipe(sides=by))
     chosen = tuple(sorted(tensor.parts["permutation"][:2].tolist()))
     assert min(errors, key=errors.get) == chosen == (2, 6)
-    assert relative_error(weight, tensor) == pytest.approx(errors[chosen], rel=1e-3)
+    assert relative_error(weight, tensor) == pytest.approx(errors[chosen], rel=0.05)
 
 
 def test_the_error_sees_what_magnitude_does_not():

@@ -16,7 +16,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-__all__ = ["BLOCK", "Block", "Codes", "Flags", "Floats", "workers"]
+from vqkernels.quantize.kmeans.near import nearest_of_many
+
+__all__ = ["BLOCK", "MANY_ENTRIES", "Block", "Codes", "Flags", "Floats", "workers"]
 
 # Floats of one tile of scores: 1 MiB, the L2 of a server core, so argmin reads it from there.
 TILE = 1 << 18
@@ -24,6 +26,10 @@ TILE = 1 << 18
 TILE_ENTRIES = 1024
 # Points whose centroids are found together, where there are many small sets: a few MiB.
 BLOCK = 1 << 16
+# From how many on neighbours are looked through, and not all entries: distances between entries
+# take as long as those of 50,000 points to all of them.
+MANY_ENTRIES = 4096
+MANY_POINTS = 1 << 16
 
 Codes = npt.NDArray[np.int64]
 Flags = npt.NDArray[np.bool_]
@@ -118,14 +124,31 @@ class Block:
             return torch.ones(self.points.shape[:2])
         return self.weights.sum(-1) if self.by_coordinate else self.weights
 
-    def nearest(self, centroids: Tensor) -> Codes:
-        """Code of the nearest centroid: `[sets, count]`."""
+    def nearest(self, centroids: Tensor, guess: Codes | None = None) -> Codes:
+        """Code of the nearest centroid: `[sets, count]`.
+
+        guess: codes of near ones, which save time where there are many.
+        """
+        entries, count = centroids.shape[1], self.points.shape[1]
+        if entries >= MANY_ENTRIES and count >= MANY_POINTS and not self.by_coordinate:
+            return self._nearest_of_many(centroids, guess)
         table = self.table(centroids)
 
         def scores(sets: slice, points: slice, entries: slice) -> npt.NDArray[np.float32]:
             return torch.bmm(self.rows[sets, points], table[sets, :, entries]).numpy()
 
-        return self.lowest(scores, centroids.shape[1])
+        return self.lowest(scores, entries)
+
+    def _nearest_of_many(self, centroids: Tensor, guess: Codes | None) -> Codes:
+        if guess is None:
+            # of every so many entries, as they come in no order
+            step = max(1, centroids.shape[1] // TILE_ENTRIES)
+            guess = self.nearest(centroids[:, ::step]) * step
+        found = [
+            nearest_of_many(points.numpy(), entries.numpy(), codes, self.workers)
+            for points, entries, codes in zip(self.points, centroids, guess, strict=True)
+        ]
+        return np.stack(found)
 
     def lowest(self, scores: Scores, entries: int) -> Codes:
         """Code of the lowest score of each point, the lowest code where equal: `[sets, count]`.

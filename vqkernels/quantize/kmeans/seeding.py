@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vqkernels.quantize.kmeans.block import Block
+from vqkernels.quantize.kmeans.block import MANY_ENTRIES, Block
 
 __all__ = ["plus_plus", "random_points"]
 
@@ -17,10 +17,15 @@ __all__ = ["plus_plus", "random_points"]
 # round draws several (as k-means||, Bahmani et al. 2012, but without a second clustering): 65,536
 # rounds over 2 million points would take a quarter of an hour.
 ROUNDS = 1024
+# From MANY_ENTRIES on, points for each entry that it draws from: every round reads all of them.
+SEED_POINTS = 4
 
 
 def plus_plus(block: Block, entries: int, draws: np.random.Generator) -> Tensor:
     """Drawn by weighted error so far, the first by weight alone: `[sets, entries, length]`."""
+    if entries >= MANY_ENTRIES and block.points.shape[1] > SEED_POINTS * entries:
+        some = draws.permutation(block.points.shape[1])[: SEED_POINTS * entries]
+        block = block.take(torch.from_numpy(np.sort(some)))
     sets, count, length = block.points.shape
     centroids = torch.empty(sets, entries, length)
     errors = block.mass()
