@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -233,8 +234,12 @@ def test_a_command_that_does_not_end_is_ended_with_its_children(folder: Path, tm
     line = f"sh -c 'sleep 60 & echo $! > {mark}; wait' {{model}}"
     with pytest.raises(EvaluatorError, match="has not ended after 1 s"):
         evaluate.run(line, folder, {}, timeout_s=1)
-    stat = Path(f"/proc/{mark.read_text()}/stat")
-    assert not stat.exists() or stat.read_text().split()[2] == "Z"
+    stat = Path(f"/proc/{mark.read_text().strip()}/stat")
+    for _ in range(100):  # a killed process goes a moment later
+        if not stat.exists() or stat.read_text().split()[2] == "Z":
+            return
+        time.sleep(0.1)
+    pytest.fail("the command's child is still there")
 
 
 def test_a_command_has_a_session_of_its_own(folder: Path, tensors) -> None:
