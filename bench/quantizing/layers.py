@@ -25,7 +25,7 @@ from vqkernels.errors import TensorError, UnsupportedError
 from vqkernels.formats import TensorFiles
 from vqkernels.parts import check_fit
 from vqkernels.quantize import clip_limits, quantize, squared_errors
-from vqkernels.quantize.sampling import CoverageWarning
+from vqkernels.quantize.coverage import CoverageWarning
 
 __all__ = ["quantize_layers"]
 

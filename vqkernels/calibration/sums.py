@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from vqkernels.errors import TensorError
-from vqkernels.quantize.threads import workers
+from vqkernels.threads import workers
 
 __all__ = ["HELD", "Sums"]
 

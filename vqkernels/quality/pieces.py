@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import numpy.typing as npt
@@ -13,6 +12,7 @@ from torch import Tensor
 
 from vqkernels.errors import TensorError
 from vqkernels.tensor import QuantizedTensor, row_step
+from vqkernels.threads import workers
 
 __all__ = ["cosine", "over_rows", "share"]
 
@@ -40,14 +40,8 @@ def over_rows(
         rows = weight[start:stop].detach().cpu().double()
         return measure(rows, tensor.rows(start, stop).to("cpu").decode())
 
-    threads = torch.get_num_threads()
-    # a piece's sums and products on one thread each: split among threads they may round otherwise
-    torch.set_num_threads(1)
-    try:
-        with ThreadPoolExecutor(threads) as workers:
-            found = list(workers.map(piece, range(0, tensor.n, span)))
-    finally:
-        torch.set_num_threads(threads)
+    with workers() as pool:
+        found = list(pool.map(piece, range(0, tensor.n, span)))
     return torch.stack(found).numpy()
 
 

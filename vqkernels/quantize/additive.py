@@ -19,13 +19,13 @@ from torch import Tensor
 from vqkernels.quantize import rq
 from vqkernels.quantize.codebook import Stage
 from vqkernels.quantize.layout import Vectors
-from vqkernels.quantize.products import one_thread
 from vqkernels.quantize.recipe import Recipe
 from vqkernels.quantize.refine import GAIN, refine, stored
 from vqkernels.quantize.refit import refit
 from vqkernels.quantize.sums import Sums
 from vqkernels.quantize.target import Target
 from vqkernels.spec import CodebookSpec
+from vqkernels.threads import one_thread
 
 __all__ = ["fit"]
 

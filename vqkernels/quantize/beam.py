@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from vqkernels.errors import TensorError
-from vqkernels.quantize.kmeans.block import workers
+from vqkernels.threads import workers
 
 __all__ = ["encode"]
 

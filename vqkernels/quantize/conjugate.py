@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from vqkernels.quantize.grid import Grid
-from vqkernels.quantize.products import one_thread, product
+from vqkernels.quantize.products import product
+from vqkernels.threads import one_thread
 
 __all__ = ["solve"]
 

@@ -14,8 +14,9 @@ from torch import Tensor
 
 from vqkernels.quantize.cells import decode_column, search
 from vqkernels.quantize.grid import Grid
-from vqkernels.quantize.products import one_thread, product
+from vqkernels.quantize.products import product
 from vqkernels.quantize.propagate import blocks
+from vqkernels.threads import one_thread
 
 __all__ = ["descend"]
 

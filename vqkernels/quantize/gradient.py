@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from vqkernels.errors import SpecError
 from vqkernels.quantize.kmeans import assign
 from vqkernels.quantize.recipe import Recipe
+from vqkernels.threads import one_thread
 
 __all__ = ["MovingAverage", "Quantized", "VectorQuantizer", "learn"]
 
@@ -182,9 +183,7 @@ def learn(
     learner = (_Average if recipe.clustering == "ema" else _Descent)(
         points, first, recipe, steps=recipe.iterations * max(1, count // size)
     )
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # sums of a batch that are split otherwise round otherwise
-    try:
+    with one_thread():
         for _ in range(recipe.iterations):
             order = draws.permutation(count)
             for start in range(0, count - size + 1, size):
@@ -193,8 +192,6 @@ def learn(
                 codes = assign(batch, learner.entries, weights=mass)
                 expired = torch.from_numpy(draws.random((sets, first.shape[1])))
                 learner.step(batch, codes, mass, expired)
-    finally:
-        torch.set_num_threads(threads)
     return learner.entries
 
 

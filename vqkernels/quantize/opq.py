@@ -17,13 +17,13 @@ from torch import Tensor
 
 from vqkernels.quantize import beam
 from vqkernels.quantize.kmeans import kmeans
-from vqkernels.quantize.kmeans.block import workers
 from vqkernels.quantize.layout import Vectors, block
 from vqkernels.quantize.recipe import Recipe
 from vqkernels.quantize.refit import decode, refit, revive
 from vqkernels.quantize.target import Target
 from vqkernels.spec import CodebookSpec
 from vqkernels.tensor import row_step, unblock
+from vqkernels.threads import workers
 
 __all__ = ["rotation"]
 

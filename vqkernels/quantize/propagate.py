@@ -16,10 +16,11 @@ from torch import Tensor
 from vqkernels.errors import TensorError
 from vqkernels.quantize.cells import decode_column, search
 from vqkernels.quantize.grid import Grid, grid_of
-from vqkernels.quantize.products import one_thread, product
+from vqkernels.quantize.products import product
 from vqkernels.quantize.recipe import Recipe
 from vqkernels.quantize.target import Target
 from vqkernels.spec import CodebookSpec
+from vqkernels.threads import one_thread
 
 __all__ = ["blocks", "column_order", "compensate", "encode", "walk"]
 

@@ -9,13 +9,13 @@ from torch import Tensor
 
 from vqkernels.errors import TensorError
 from vqkernels.quantize.kmeans import assign
-from vqkernels.quantize.kmeans.block import workers
 from vqkernels.quantize.kmeans.merging import near_equal
 from vqkernels.quantize.layout import Vectors, join, split
 from vqkernels.quantize.prepare import target_of
 from vqkernels.quantize.target import Target
 from vqkernels.spec import min_bits
 from vqkernels.tensor import QuantizedTensor, scaled_codebook
+from vqkernels.threads import workers
 
 __all__ = ["prune"]
 

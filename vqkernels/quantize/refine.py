@@ -18,10 +18,10 @@ from vqkernels.quantize import conjugate, propagate, rq
 from vqkernels.quantize.codebook import Stage, rounded
 from vqkernels.quantize.descent import descend
 from vqkernels.quantize.grid import Grid, grid_of
-from vqkernels.quantize.products import one_thread
 from vqkernels.quantize.recipe import Recipe
 from vqkernels.quantize.target import Target
 from vqkernels.spec import CodebookSpec
+from vqkernels.threads import one_thread
 
 __all__ = ["GAIN", "refine", "stored"]
 

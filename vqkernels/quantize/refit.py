@@ -16,7 +16,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from vqkernels.quantize.kmeans.block import workers
+from vqkernels.threads import workers
 
 __all__ = ["decode", "refit", "revive", "squared_errors"]
 

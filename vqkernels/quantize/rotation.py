@@ -19,10 +19,10 @@ from torch import Tensor
 
 from vqkernels.errors import UnsupportedError
 from vqkernels.quantize.codebook import round_to
-from vqkernels.quantize.products import one_thread
 from vqkernels.quantize.recipe import Recipe
 from vqkernels.quantize.target import Target
 from vqkernels.spec import CodebookSpec
+from vqkernels.threads import one_thread
 
 __all__ = ["fit_rotation", "hadamard", "random_rotation", "rotate", "whitening"]
 

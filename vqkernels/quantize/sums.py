@@ -9,7 +9,7 @@ from torch import Tensor
 
 from vqkernels.quantize import beam
 from vqkernels.quantize.kmeans import assign
-from vqkernels.quantize.products import all_threads
+from vqkernels.threads import all_threads
 
 __all__ = ["Sums"]
 

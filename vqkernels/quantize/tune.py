@@ -18,11 +18,11 @@ from vqkernels.parts import codebook_sets
 from vqkernels.quantize import beam
 from vqkernels.quantize.codebook import Stage, rounded
 from vqkernels.quantize.layout import join, split
-from vqkernels.quantize.products import one_thread
 from vqkernels.quantize.recipe import Recipe
 from vqkernels.quantize.target import Target
 from vqkernels.spec import CodebookSpec
 from vqkernels.tensor import decode_main
+from vqkernels.threads import one_thread
 
 __all__ = ["error", "tune", "tuned"]
 

@@ -6,10 +6,9 @@ depends on that tile alone.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator
-from concurrent.futures import Executor, ThreadPoolExecutor
+from collections.abc import Callable
+from concurrent.futures import Executor
 
 import numpy as np
 import numpy.typing as npt
@@ -18,7 +17,7 @@ from torch import Tensor
 
 from vqkernels.quantize.kmeans.near import nearest_of_many
 
-__all__ = ["BLOCK", "MANY_ENTRIES", "Block", "Codes", "Flags", "Floats", "workers"]
+__all__ = ["BLOCK", "MANY_ENTRIES", "Block", "Codes", "Flags", "Floats"]
 
 # Floats of one tile of scores: 1 MiB, the L2 of a server core, so argmin reads it from there.
 TILE = 1 << 18
@@ -36,23 +35,6 @@ Flags = npt.NDArray[np.bool_]
 Floats = npt.NDArray[np.float64]
 # Of sets, points and entries: `[sets, points, entries]`.
 Scores = Callable[[slice, slice, slice], npt.NDArray[np.float32]]
-
-
-@contextlib.contextmanager
-def workers() -> Iterator[Executor]:
-    """As many Python threads as torch has, with torch itself held to one.
-
-    A tile takes 0.1 ms, so OpenMP's barrier a product cost more than its second thread gained (35
-    ms an iteration against 10 on a shared machine); and a product that is split otherwise may
-    round otherwise.
-    """
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        with ThreadPoolExecutor(threads) as pool:
-            yield pool
-    finally:
-        torch.set_num_threads(threads)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,12 +10,13 @@ from torch import Tensor
 
 from vqkernels.errors import TensorError, UnsupportedError
 from vqkernels.quantize.kmeans import limits, lloyd, minibatch, seeding, spherical
-from vqkernels.quantize.kmeans.block import Block, workers
+from vqkernels.quantize.kmeans.block import Block
 from vqkernels.quantize.kmeans.coding import Distance, codes_of, point_errors
 from vqkernels.quantize.kmeans.given import Given
 from vqkernels.quantize.kmeans.medians import median_rule
 from vqkernels.quantize.kmeans.medoids import medoid_numbers, medoid_rule
 from vqkernels.quantize.recipe import Recipe
+from vqkernels.threads import workers
 
 __all__ = ["KMeans", "cluster", "kmeans"]
 

@@ -9,8 +9,9 @@ from torch import Tensor
 
 from vqkernels.errors import TensorError
 from vqkernels.quantize.kmeans import spherical
-from vqkernels.quantize.kmeans.block import Block, workers
+from vqkernels.quantize.kmeans.block import Block
 from vqkernels.quantize.kmeans.given import Given
+from vqkernels.threads import workers
 
 __all__ = ["Distance", "assign", "codes_of", "point_errors"]
 

@@ -10,8 +10,9 @@ from sklearn import cluster as sklearn
 from vqkernels.errors import TensorError, UnsupportedError
 from vqkernels.quantize import Recipe
 from vqkernels.quantize.kmeans import assign, cluster, kmeans, lloyd, minibatch, seeding
-from vqkernels.quantize.kmeans.block import Block, workers
+from vqkernels.quantize.kmeans.block import Block
 from vqkernels.quantize.kmeans.merging import near_equal
+from vqkernels.threads import workers
 
 CLUSTERINGS = ("lloyd", "minibatch", "medians", "medoids", "ema", "gradient")
 KINDS = [(name, "l2") for name in CLUSTERINGS] + [("lloyd", "cosine"), ("minibatch", "cosine")]
