@@ -2,7 +2,8 @@ import pytest
 import torch
 
 from tests.vqkernels.quantize.hessians import normal
-from vqkernels.quantize.products import all_threads, one_thread, product
+from vqkernels.quantize.products import product
+from vqkernels.threads import all_threads, one_thread
 
 
 @pytest.mark.parametrize("rows", [1, 512, 1300])
