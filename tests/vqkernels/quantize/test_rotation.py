@@ -128,11 +128,11 @@ def test_a_hessian_goes_through(kind):
     torch.testing.assert_close(found.weights, found.hessian.diagonal() * rows[:, None])
 
 
-@pytest.mark.parametrize("kind", ["hadamard", "whitening"])
+@pytest.mark.parametrize("kind", ["random", "whitening"])
 def test_weights_are_the_mean_over_independent_errors(kind):
     # errors of one coordinate at a time: what the diagonal of R diag(w) R^T says exactly
     weight, weights = correlated(4), normal(4, 64, seed=2).square()
-    rotation = (hadamard(16, seed=0) if kind == "hadamard"
+    rotation = (random_rotation(16, seed=0) if kind == "random"
                 else whitening(weight, 16, resolution=1e-6))  # fmt: skip
     found = rotate(Target(weight, weights), rotation)
     for column in (0, 7, 37, 63):

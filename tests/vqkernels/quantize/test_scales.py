@@ -169,3 +169,13 @@ def test_limits_bound_the_codebook_and_not_what_is_coded():
     assert lost < 0.5 * before
     same = quantize(weight, spec, recipe=dataclasses.replace(recipe, clip=0.0)).decode()
     assert torch.equal(same, plain)
+
+
+def test_codes_are_of_the_unlimited_weight():
+    weight = normal(64, 64).pow(3)
+    tensor = quantize(weight, make(), recipe=Recipe(clip=10.0))
+    limits = clip_limits(weight, Recipe(clip=10.0))
+    assert torch.equal(encode(weight, tensor).parts["codes"], tensor.parts["codes"])
+    assert not torch.equal(
+        encode(weight.clamp(*limits), tensor).parts["codes"], tensor.parts["codes"]
+    )
