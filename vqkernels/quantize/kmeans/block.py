@@ -106,14 +106,11 @@ class Block:
             return torch.ones(self.points.shape[:2])
         return self.weights.sum(-1) if self.by_coordinate else self.weights
 
-    def nearest(self, centroids: Tensor, guess: Codes | None = None) -> Codes:
-        """Code of the nearest centroid: `[sets, count]`.
-
-        guess: codes of near ones, which save time where there are many.
-        """
+    def nearest(self, centroids: Tensor) -> Codes:
+        """Code of the nearest centroid: `[sets, count]`."""
         entries, count = centroids.shape[1], self.points.shape[1]
         if entries >= MANY_ENTRIES and count >= MANY_POINTS and not self.by_coordinate:
-            return self._nearest_of_many(centroids, guess)
+            return self._nearest_of_many(centroids)
         table = self.table(centroids)
 
         def scores(sets: slice, points: slice, entries: slice) -> npt.NDArray[np.float32]:
@@ -121,11 +118,11 @@ class Block:
 
         return self.lowest(scores, entries)
 
-    def _nearest_of_many(self, centroids: Tensor, guess: Codes | None) -> Codes:
-        if guess is None:
-            # of every so many entries, as they come in no order
-            step = max(1, centroids.shape[1] // TILE_ENTRIES)
-            guess = self.nearest(centroids[:, ::step]) * step
+    def _nearest_of_many(self, centroids: Tensor) -> Codes:
+        # the nearest of every so many entries, as they come in no order; codes of the iteration
+        # before are nearer, but few points share one: 45 s of CPU instead of 24 (2 million, 65,536)
+        step = max(1, centroids.shape[1] // TILE_ENTRIES)
+        guess = self.nearest(centroids[:, ::step]) * step
         found = [
             nearest_of_many(points.numpy(), entries.numpy(), codes, self.workers)
             for points, entries, codes in zip(self.points, centroids, guess, strict=True)

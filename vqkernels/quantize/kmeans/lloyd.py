@@ -24,14 +24,14 @@ __all__ = ["Rule", "iterate", "mean_rule", "respread"]
 class Rule:
     """One kind of clustering of a block's points.
 
-    nearest: code of each point, from the entries and the codes before, if there are any.
+    nearest: code of each point, from the entries.
     middle: the entries for these codes, from the codes and the entries before, which stay where a
         code has no points; and which have none.
     allowed: the entries that are allowed nearest to new ones; the ones before come second.
     merge: distance below which two entries of a set are one, `[sets]`; None: never.
     """
 
-    nearest: Callable[[Tensor, Codes | None], Codes]
+    nearest: Callable[[Tensor], Codes]
     middle: Callable[[Codes, Tensor], tuple[Tensor, Flags]]
     allowed: Callable[[Tensor, Tensor], Tensor]
     merge: Tensor | None = None
@@ -46,7 +46,7 @@ def iterate(block: Block, rule: Rule, centroids: Tensor, iterations: int) -> Ten
     """Centroids after `iterations` of assignment and middle, or fewer where nothing changes."""
     before: Codes | None = None
     for turn in range(iterations):
-        codes = rule.nearest(centroids, before)
+        codes = rule.nearest(centroids)
         if before is not None and np.array_equal(codes, before):
             break
         found, empty = rule.middle(codes, centroids)

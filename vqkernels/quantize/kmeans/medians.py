@@ -33,7 +33,7 @@ def median_rule(block: Block) -> Rule:
             held |= some
         return torch.from_numpy(found.reshape(old.shape)), ~held.reshape(sets, entries)
 
-    def nearest(centroids: Tensor, _: Codes | None) -> Codes:
+    def nearest(centroids: Tensor) -> Codes:
         entries = centroids.numpy()
 
         def scores(sets: slice, some: slice, part: slice) -> npt.NDArray[np.float32]:

@@ -39,5 +39,5 @@ def test_no_matrix_of_points_and_entries_is_kept():
 
 @pytest.mark.sweep
 def test_65536_entries_of_2_million_vectors_fit_in_4_gb():
-    _, after = peaks(1 << 21, 65536, 2)
+    _, after = peaks(1 << 21, 65536, 1)
     assert after < 4e9 / 2**20

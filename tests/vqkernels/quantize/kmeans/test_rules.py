@@ -144,3 +144,11 @@ def test_vectors_without_weight_are_no_medoids():
 def test_medoids_under_a_norm_limit_are_refused():
     with pytest.raises(UnsupportedError, match="norm_limit would move"):
         cluster(normal(9, 2), 2, recipe=Recipe(clustering="medoids", norm_limit=1.0))
+
+
+def test_a_lone_medoid_is_the_vector_of_least_weighted_error():
+    points, weights = normal(60, 3), normal(60, 3, seed=1).mul(2).exp() * torch.tensor([1, 9, 0.1])
+    found = cluster(points, 1, weights=weights, recipe=Recipe(clustering="medoids"))
+    squares = (points[:, None] - points[None]).double().square()
+    best = (squares * weights[:, None]).sum((0, 2)).argmin()
+    assert torch.equal(found.centroids[0], points[best])
