@@ -131,7 +131,7 @@ def spearman(one: ArrayLike, other: ArrayLike) -> float:
 def kendall(one: ArrayLike, other: ArrayLike) -> float:
     """Kendall's tau-b of two lists of numbers (corrected for ties); 0 where one is all the same.
 
-    Compares every pair, row by row: 2,000 items take some 10 ms.
+    Compares every pair, row by row: 2,000 items take some 30 ms.
     """
     first, second = _lists(one, other, "kendall")
     agreeing = firsts = seconds = 0

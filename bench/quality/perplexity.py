@@ -177,7 +177,7 @@ def windows(count: int, window: int, stride: int) -> Iterator[Window]:
 
     Where `stride` is `window`, the first token of each window has none, and is not scored.
     """
-    scored = 1
+    scored = 0
     for start in range(0, count, stride):
         stop = min(start + window, count)
         first = max(scored, start + 1)

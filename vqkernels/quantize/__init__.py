@@ -69,9 +69,9 @@ def quantize(
         which is the same as `weights` of that shape. Give one of the two.
     recipe: how codes and codebooks are found.
     bias: `[n]`, stored beside the weight as it is.
-    codebooks: entries of each stage, `[sets, subspaces, entries, vector_size]`, which are rounded
-        to `codebook_dtype` (a stage's coefficient isn't in them); codes, scales and sides alone are
-        found. For codebooks that several layers share.
+    codebooks: entries of each stage as they decode, `[sets, subspaces, entries, vector_size]`,
+        which are rounded as the format stores them; codes, scales and sides alone are found. For
+        codebooks that several layers share.
 
     Raises TensorError for a weight that is no finite matrix and for what doesn't go with it,
     UnsupportedError where the layer can't hold the format.

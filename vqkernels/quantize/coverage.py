@@ -83,7 +83,7 @@ def coverage(vectors: Vectors, sampled: Vectors, spec: CodebookSpec, n: int, k: 
 
 
 def measures(vectors: Vectors) -> tuple[Floats, Floats]:
-    """Weight and weighted squared norm of each vector: `[books, count]`, 0 for filling."""
+    """Weight and weighted squared norm of each vector: `[books, count]`; filling has weight 0."""
     books, count, _ = vectors.points.shape
     points = vectors.points.detach().cpu().numpy()
     weights = None if vectors.weights is None else vectors.weights.detach().cpu().numpy()
@@ -97,8 +97,6 @@ def measures(vectors: Vectors) -> tuple[Floats, Floats]:
         each = weights[:, part].astype(np.float64).reshape(books, squares.shape[1], -1)
         mass[:, part] = each.mean(-1)
         spent[:, part] = (squares * each).sum(-1)
-    filling = vectors.cells.numpy() < 0
-    mass[filling], spent[filling] = 0, 0
     return mass, spent
 
 

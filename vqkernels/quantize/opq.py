@@ -23,13 +23,13 @@ from vqkernels.quantize.refit import decode, refit, revive
 from vqkernels.quantize.target import Target
 from vqkernels.spec import CodebookSpec
 from vqkernels.tensor import row_step, unblock
-from vqkernels.threads import workers
+from vqkernels.threads import one_thread
 
 __all__ = ["rotation"]
 
 # Vectors of a codebook that the rotation is found with, where the recipe has no sample: it has so
 # few numbers that more move it by less than another seed does.
-SAMPLE = 32768
+SAMPLE = 16384
 # Iterations of the first k-means; each turn is another.
 FIRST = 8
 # Turns from either start, before one is chosen.
@@ -71,7 +71,7 @@ def _sampled(target: Target, spec: CodebookSpec, recipe: Recipe) -> Target:
 def _parametric(target: Target, spec: CodebookSpec) -> Tensor:
     """Principal axes as rows, dealt out to the block's vectors by the product of variances."""
     size = spec.rotation_size
-    with workers():
+    with one_thread():
         each, weights = _runs(target, size)
         total = weights.sum().clamp(min=1e-300)
         spread = each - (each * weights).sum(0) / total
@@ -98,7 +98,7 @@ def _learned(
     """The rotation after `turns`, and the weighted squared error that it leaves."""
     found, books, error = start, list[Tensor](), math.inf
     for _ in range(turns):
-        with workers():
+        with one_thread():
             each, _ = _runs(target, spec.rotation_size)
             coded = (each @ found.T).reshape(target.matrix.shape).float()
         vectors = dataclasses.replace(target, matrix=coded).vectors(spec)
@@ -131,7 +131,7 @@ def _matrix(decoded: Tensor, cells: Tensor, like: Tensor, spec: CodebookSpec) ->
 
 def _procrustes(target: Target, decoded: Tensor, size: int) -> tuple[Tensor, float]:
     """The orthogonal R with the least weighted `|matrix - decoded R|^2`, and that error."""
-    with workers():
+    with one_thread():
         each, weights = _runs(target, size)
         coded = decoded.double().reshape(-1, size)
         left, _, right = torch.linalg.svd(coded.T @ (each * weights))

@@ -2,8 +2,9 @@
 
 AQLM (Egiazarian et al. 2024) alternates codes and codebooks from a residual quantization; GPTQ's
 propagation (see `propagate`) is the better start. On MiniLM's layer-0 intermediate weight with
-correlated inputs, 2 x 64 entries of 8, the output's relative error is 0.153 of a plain RQ, 0.064
-after six alternations from there, 0.069 propagated, and 0.061 after six alternations from that.
+correlated inputs, 2 x 64 entries of 8, the output's relative error is 0.153 with the nearest codes
+of a greedy RQ, 0.070 after four sweeps of coordinate descent from there, 0.069 propagated, and
+0.061 after six alternations from that.
 """
 
 from __future__ import annotations

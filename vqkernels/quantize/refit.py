@@ -16,7 +16,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from vqkernels.threads import workers
+from vqkernels.threads import one_thread
 
 __all__ = ["decode", "refit", "revive", "squared_errors"]
 
@@ -29,8 +29,7 @@ RIDGE = 1e-9
 # that, conjugate gradients are quicker.
 DENSE_ROWS = 1024
 DENSE_PER_VECTOR = 16
-# Conjugate gradients end here, or where the residual is a millionth: half-way codes of random
-# vectors take 10 to 30 steps.
+# Conjugate gradients end here, or where the residual is a millionth.
 STEPS = 60
 TOLERANCE = 1e-6
 
@@ -48,7 +47,7 @@ def refit(
     codebooks: of each stage, what unused entries keep.
     weights: `[books, count]`, `[books, count, length]` or None (all 1).
     """
-    with workers():
+    with one_thread():
         system = _System.of(points, codes, codebooks, weights)
         moved = system.factored() if system.is_small else system.by_gradients()
     cuts = np.cumsum([book.shape[1] for book in codebooks])[:-1]
@@ -161,8 +160,9 @@ class _System:
 
     @property
     def is_small(self) -> bool:
-        count = self.left.shape[2]
-        return self.total <= DENSE_ROWS and self.total**2 <= DENSE_PER_VECTOR * count
+        # with one stage the matrix is diagonal, and one step of gradients solves it
+        several, count = len(self.rows) > 1, self.left.shape[2]
+        return several and self.total <= DENSE_ROWS and self.total**2 <= DENSE_PER_VECTOR * count
 
     def factored(self) -> Floats:
         """The change `[books, total, length]`, by Cholesky's factorisation."""

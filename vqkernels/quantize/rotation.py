@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from vqkernels.errors import UnsupportedError
+from vqkernels.quantize import opq
 from vqkernels.quantize.codebook import round_to
 from vqkernels.quantize.recipe import Recipe
 from vqkernels.quantize.target import Target
@@ -43,14 +44,15 @@ def fit_rotation(target: Target, spec: CodebookSpec, recipe: Recipe, *, seed: in
     """
     kind, size = recipe.rotation, spec.rotation_size
     if kind == "auto":
-        kind = "hadamard"
-    with one_thread():
-        if kind == "hadamard":
-            found = hadamard(size, seed=seed)
-        elif kind == "random":
-            found = random_rotation(size, seed=seed)
-        else:
-            found = whitening(target.training().matrix, size, resolution=_roundoff(spec))
+        kind = "learned" if spec.method == "opq" else "hadamard"
+    if kind == "learned":
+        found = opq.rotation(target.training(), spec, recipe, seed=seed)
+    elif kind == "hadamard":
+        found = hadamard(size, seed=seed)
+    elif kind == "random":
+        found = random_rotation(size, seed=seed)
+    else:
+        found = whitening(target.training().matrix, size, resolution=_roundoff(spec))
     return round_to(found, spec.side_dtype, "side_dtype")
 
 
@@ -74,7 +76,8 @@ def hadamard(size: int, *, seed: int) -> Tensor:
 def random_rotation(size: int, *, seed: int) -> Tensor:
     """An orthogonal matrix, each as likely as any other (Haar), float64."""
     normal = np.random.default_rng((seed, _DRAW)).standard_normal((size, size))
-    found, upper = torch.linalg.qr(torch.from_numpy(normal))
+    with one_thread():
+        found, upper = torch.linalg.qr(torch.from_numpy(normal))
     even: Tensor = found * torch.where(upper.diagonal() < 0, -1.0, 1.0)
     return even
 
@@ -89,7 +92,8 @@ def whitening(matrix: Tensor, size: int, *, resolution: float) -> Tensor:
     blocks = matrix.double().reshape(-1, size)
     mean = torch.from_numpy(blocks.numpy().mean(axis=0))
     blocks = blocks - mean
-    values, vectors = torch.linalg.eigh(blocks.T @ blocks / len(blocks))
+    with one_thread():
+        values, vectors = torch.linalg.eigh(blocks.T @ blocks / len(blocks))
     roots = values.clamp(min=0).sqrt()
     if float(roots[-1]) == 0:
         return torch.eye(size, dtype=torch.float64)
@@ -97,7 +101,8 @@ def whitening(matrix: Tensor, size: int, *, resolution: float) -> Tensor:
     stored = 2 * resolution * math.sqrt(size) * float(roots[-1])
     largest = max(float(roots[-1]), float(np.linalg.norm(mean.numpy())))
     roots = roots.clamp(min=max(stored, _LEAST * largest))
-    root: Tensor = (vectors * roots) @ vectors.T
+    with one_thread():
+        root: Tensor = (vectors * roots) @ vectors.T
     return root
 
 

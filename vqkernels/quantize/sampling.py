@@ -25,8 +25,10 @@ from vqkernels.quantize.coverage import (
     NORMS,
     Bools,
     Coverage,
+    CoverageWarning,
     Floats,
     Ints,
+    coverage,
     measures,
     reached,
     shares,
@@ -38,7 +40,7 @@ from vqkernels.quantize.recipe import Recipe
 from vqkernels.quantize.target import Target
 from vqkernels.spec import CodebookSpec
 
-__all__ = ["hold_out", "over_layers", "sample"]
+__all__ = ["Coverage", "CoverageWarning", "coverage", "hold_out", "over_layers", "sample"]
 
 # A rare outlier's weighted squared norm is so many times the mean: 6 times the root mean square.
 OUTLIER = 36.0
@@ -167,6 +169,7 @@ def _chances(mass: Floats, spent: Floats, size: int) -> Floats:
     certain = spent > np.maximum(OUTLIER * mean, largest)
     if size >= CERTAIN:
         np.put_along_axis(certain, spent.argmax(1)[:, None], True, 1)
+    # a book that runs out is certain as a whole; below, that would come out one vector at a time
     certain |= some & (some.sum(1, keepdims=True) <= size)
     measure = shares(mass) + shares(spent)
     while True:

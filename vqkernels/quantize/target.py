@@ -33,8 +33,14 @@ class Target:
     limited: Tensor | None = None
 
     def vectors(self, spec: CodebookSpec) -> Vectors:
-        """The vectors of each codebook of `spec`, with their weights."""
-        return split(spec, self.matrix, self.weights)
+        """The vectors of each codebook of `spec`, with their weights.
+
+        A cosine takes a vector as a whole: its weight is the mean of its coordinates' then.
+        """
+        found = split(spec, self.matrix, self.weights)
+        if spec.distance == "cosine" and found.weights is not None and found.weights.ndim == 3:
+            return dataclasses.replace(found, weights=found.weights.mean(-1))
+        return found
 
     def training(self) -> Target:
         """What codebooks are trained on: this, or the limited weight where there is one."""

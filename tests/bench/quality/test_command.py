@@ -104,6 +104,22 @@ def test_a_table_of_layers_totals_and_the_worst(model: Path, container: Path) ->
     assert QUERY not in short
 
 
+@pytest.mark.parametrize("error", [9.0, "nan", "inf"])
+def test_the_worst_layer_is_the_one_with_the_largest_error(
+    error: object, model: Path, container: Path, tmp_path: Path
+) -> None:
+    target = tmp_path / "report.json"
+    for bad, good in ((0, 1), (1, 0)):
+        content = report(tmp_path, model, container)
+        layers = content["candidates"][0]["layers"]
+        layers[bad]["measures"]["output_error"] = error
+        layers[good]["measures"]["output_error"] = 1.0
+        target.write_text(json.dumps(content))
+        worst = run(target, "--worst", 1).stdout.split("Worst 1 by output error")[1]
+        assert layers[bad]["layer"] in worst
+        assert layers[good]["layer"] not in worst
+
+
 def test_an_exact_container_has_lost_nothing_and_one_swapped_code_shows(
     container: Path, tmp_path: Path
 ) -> None:

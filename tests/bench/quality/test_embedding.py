@@ -146,6 +146,32 @@ def test_figures_are_those_of_the_vectors(folder: Path, given) -> None:
     assert both.search.mrr == pytest.approx((1 / (1 + best) + 1 / (1 + ranks[0])) / 2)
 
 
+def test_each_groups_queries_are_judged_by_their_own_answers(
+    folder: Path, given, tmp_path: Path
+) -> None:
+    sets = {}
+    for answer in ("bus", "snow"):
+        more = f'[[query]]\ngroup = "out"\ntext = "the tide"\nanswers = {{ {answer} = 1 }}\n'
+        sets[answer] = tmp_path / f"{answer}.toml"
+        sets[answer].write_text(SENTENCES + more)
+    found = {
+        answer: embedding.compare(folder, damaged(folder), **{**given, "sentences": path})
+        for answer, path in sets.items()
+    }
+    home, out, both = zip(*(found[answer].groups for answer in sets), strict=True)
+    assert home[0] == home[1]
+    encoder = load_encoder(folder)
+    vectors = encoder.embed(
+        encoder.tokens([one.text for one in sentences.load_sentences(sets["bus"]).texts]), batch=8
+    )
+    order = np.argsort(-(vectors[:5] @ vectors[7])).tolist()
+    for report, place in zip(out, (3, 4), strict=True):
+        assert report.search.mrr_dense == pytest.approx(1 / (1 + order.index(place)))
+    assert both[0].search.mrr_dense == pytest.approx(
+        (2 * home[0].search.mrr_dense + out[0].search.mrr_dense) / 3
+    )
+
+
 def test_reports_are_json_and_rows(folder: Path, given) -> None:
     report = embedding.compare(folder, damaged(folder), **given)
     again = json.loads(json.dumps(report.to_dict(), allow_nan=False))

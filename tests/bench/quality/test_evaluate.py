@@ -2,15 +2,17 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from bench.quality import evaluate
 from bench.quality.evaluate import EvaluatorError
 from tests.bench.quality import tiny
-from vqkernels.errors import ContainerError, TensorError, UnsupportedError, VqError
+from vqkernels.errors import ContainerError, SpecError, TensorError, UnsupportedError, VqError
 
 NAME = "model.layers.1.mlp.up_proj.weight"
 
@@ -19,6 +21,7 @@ MODULE = """
 from pathlib import Path
 import torch
 from safetensors.torch import load_file
+from vqkernels.errors import SpecError
 
 def of_file(path):
     return load_file(Path(path) / "model.safetensors")["model.layers.1.mlp.up_proj.weight"]
@@ -44,7 +47,10 @@ def nan(model):
     return {"loss": float("nan")}
 
 def words(model):
-    return {"loss": "low"}
+    return {"loss": "0.5"}
+
+def own(model):
+    raise SpecError("mine")
 
 def flag(model):
     return {"passed": True}
@@ -146,7 +152,9 @@ def exact_of(folder: Path):
 def test_what_is_drawn_at_random_is_the_same_for_both(folder: Path, tensors) -> None:
     state = torch.random.get_rng_state()
     (row,) = evaluate.run("mine_to_run:drawn", folder, tensors)
-    assert row.dense == row.quantised
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        assert row.dense == row.quantised == float(torch.rand(1))
     assert torch.equal(torch.random.get_rng_state(), state)
 
 
@@ -172,9 +180,12 @@ def test_a_copy_has_shards_dtypes_and_all_but_other_weights(folder: Path, tmp_pa
         names = {str(path.relative_to(source)) for path in source.rglob("*")}
         found = {str(path.relative_to(copy)) for path in copy.rglob("*")}
         assert found == names - {"pytorch_model.bin"}
+        shards = [path.name for path in source.glob("*.safetensors")]
+        assert len(shards) > 1
+        for name in shards:
+            assert load_file(copy / name).keys() == load_file(source / name).keys()
         old = tiny.transformers.AutoModelForCausalLM.from_pretrained(source).state_dict()
         new = tiny.transformers.AutoModelForCausalLM.from_pretrained(copy).state_dict()
-    assert len(list(source.glob("*.safetensors"))) > 1
     assert old.keys() == new.keys()
     for name, value in new.items():
         expected = torch.full((32, 16), 1 / 3).half() if name == NAME else old[name]
@@ -192,7 +203,7 @@ def test_a_copy_has_shards_dtypes_and_all_but_other_weights(folder: Path, tmp_pa
         ("mine_to_run:other", "takes data; its parameters have to be of model, tokenizer, folder"),
         ("mine_to_run:broken", r"fails \(RuntimeError: no luck\)"),
         ("mine_to_run:nan", "its 'loss' is nan, no finite number"),
-        ("mine_to_run:words", "its 'loss' is 'low', no finite number"),
+        ("mine_to_run:words", "its 'loss' is '0.5', no finite number"),
         ("mine_to_run:flag", "its 'passed' is True, no finite number"),
         ("mine_to_run:nothing", r"gives \{\}; let it give figures by name"),
         ("score it", r"lacks \{model\}"),
@@ -223,8 +234,27 @@ def test_a_command_that_does_not_end_is_ended_with_its_children(folder: Path, tm
     line = f"sh -c 'sleep 60 & echo $! > {mark}; wait' {{model}}"
     with pytest.raises(EvaluatorError, match="has not ended after 1 s"):
         evaluate.run(line, folder, {}, timeout_s=1)
-    stat = Path(f"/proc/{mark.read_text()}/stat")
-    assert not stat.exists() or stat.read_text().split()[2] == "Z"
+    stat = Path(f"/proc/{mark.read_text().strip()}/stat")
+    for _ in range(100):  # a killed process goes a moment later
+        try:
+            state = stat.read_text().split()[2]
+        except OSError:
+            return
+        if state == "Z":
+            return
+        time.sleep(0.1)
+    pytest.fail("the command's child is still there")
+
+
+def test_a_command_has_a_session_of_its_own(folder: Path, tensors) -> None:
+    body = "import json,os; print(json.dumps(dict(own=int(os.getsid(0) == os.getpid()))))"
+    (row,) = evaluate.run(script(body), folder, tensors)
+    assert row.dense == row.quantised == 1
+
+
+def test_errors_of_ours_are_passed_on(folder: Path, tensors) -> None:
+    with pytest.raises(SpecError, match=r"^mine$"):
+        evaluate.run("mine_to_run:own", folder, tensors)
 
 
 def test_figures_of_one_model_alone_are_refused(folder: Path, tensors) -> None:

@@ -71,6 +71,7 @@ def test_orders_that_are_the_same_or_turned_round() -> None:
 
 def test_top_overlap_counts_shared_items() -> None:
     assert metrics.top_overlap([5, 4, 3, 2, 1], [1, 5, 4, 3, 2], 3) == pytest.approx(2 / 3)
+    assert metrics.top_overlap([5, 4, 3, 2, 1], [4, 5, 1, 2, 3], 2) == 1
     assert metrics.top_overlap([2, 1], [1, 2], 5) == 1
 
 
@@ -95,6 +96,7 @@ def test_bleu_and_rouge_by_hand() -> None:
     assert metrics.rouge(other, same) == pytest.approx(
         {"rouge1": 6 / 7, "rouge2": 5 / 6, "rougeL": 6 / 7}
     )
+    assert metrics.rouge(["cats sit"], ["cat sit"])["rouge2"] == 1  # by their stems
 
 
 @pytest.mark.parametrize("name", ["sacrebleu", "rouge_score"])

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import types
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ from safetensors.torch import save_file
 from scipy.stats import t as student
 
 from bench.quality import perplexity
+from bench.quality.canaries import Continuation
 from bench.quality.perplexity import Mean, Window, windows
 from tests.bench.quality import tiny
 from vqkernels.errors import (
@@ -206,6 +208,30 @@ def test_tied_and_transposed_matrices_are_those_of_the_file(tmp_path: Path, text
         assert perplexity.compare(folder, broken, text, window=16).difference.value != 0
 
 
+class Counting:
+    """A model that says the next number after each token."""
+
+    def run(self, input_ids: torch.Tensor, use_cache: bool) -> object:
+        logits = torch.nn.functional.one_hot(input_ids + 1, 20).float()
+        return types.SimpleNamespace(logits=logits)
+
+
+def test_canaries_count_the_tokens_before_the_first_other_one() -> None:
+    check = Continuation("numbers", "3", 4)
+    assert perplexity._continued(Counting(), [2, 3], 4) == [4, 5, 6, 7]
+    for dense, same in ([4, 5, 6, 7], 4), ([4, 5, 9, 10], 2), ([5, 6, 7, 8], 0), ([4, 5, 6, 6], 3):
+        assert perplexity._kept(Counting(), [2, 3], dense, check).quantised == same
+
+
+def test_the_end_of_a_long_prompt_is_what_is_gone_on_from() -> None:
+    def tokenizer(text: str) -> dict[str, list[int]]:
+        return {"input_ids": [int(one) for one in text.split()]}
+
+    check = Continuation("numbers", "1 2 3 4 5", 4)
+    assert perplexity._prompt(tokenizer, check, 7) == [3, 4, 5]
+    assert perplexity._prompt(tokenizer, check, None) == [1, 2, 3, 4, 5]
+
+
 def test_canaries_longer_than_the_model_are_cut_in_front(tmp_path: Path, text: Path) -> None:
     folder = tiny.make_llama(tmp_path / "short", positions=16)
     report = perplexity.compare(folder, tiny.linears(folder), text)
@@ -255,12 +281,13 @@ def test_what_is_wrong_is_one_line(folder: Path, text: Path, tmp_path: Path) -> 
 def test_a_model_that_lacks_a_weight_is_refused(tmp_path: Path, text: Path) -> None:
     folder = tiny.make_llama(tmp_path / "llama")
     tensors = tiny.linears(folder)
-    kept = tiny.weights(folder)
-    del kept["lm_head.weight"]
+    whole = tiny.weights(folder)
+    kept = {name: one for name, one in whole.items() if name != "lm_head.weight"}
     save_file(kept, folder / "model.safetensors", {"format": "pt"})
     with pytest.raises(ContainerError, match=r"holds no 'lm_head.weight'"):
         perplexity.compare(folder, tensors, text)
-    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    torch.save(whole, folder / "pytorch_model.bin")  # a pickle, which transformers would take
     with pytest.raises(ContainerError, match="can't be loaded as AutoModelForCausalLM"):
         perplexity.compare(folder, tensors, text)
     config = json.loads((folder / "config.json").read_text())

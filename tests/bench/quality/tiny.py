@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -157,13 +158,15 @@ def _bytes_tokenizer() -> transformers.PreTrainedTokenizerFast:
 
 
 def _words_tokenizer() -> transformers.PreTrainedTokenizerFast:
-    """Letters and pieces of words of TEXT, as BERT has them."""
-    tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    """The words of TEXT and single letters; not trained, which gives other pieces each time."""
+    letters = sorted({letter for letter in TEXT.lower() if letter.isalpha()})
+    words = sorted(set(re.findall("[a-z]+", TEXT.lower())) - set(letters))
+    pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", ".", ",", ";"]
+    pieces += [*letters, *(f"##{letter}" for letter in letters), *words]
+    vocabulary = {piece: at for at, piece in enumerate(pieces)}
+    tokenizer = Tokenizer(models.WordPiece(vocab=vocabulary, unk_token="[UNK]"))
     tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    names = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
-    trainer = trainers.WordPieceTrainer(vocab_size=150, special_tokens=names, show_progress=False)
-    tokenizer.train_from_iterator([TEXT], trainer)
     tokenizer.post_processor = processors.TemplateProcessing(
         single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
     )

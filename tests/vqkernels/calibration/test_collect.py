@@ -9,6 +9,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from vqkernels.calibration import Calibration, CalibrationWarning, collect
+from vqkernels.calibration.sums import Sums
 from vqkernels.errors import TensorError
 from vqkernels.nn import VQLinear
 from vqkernels.quantize import quantize
@@ -169,15 +170,23 @@ def test_wide_layers_are_summed_in_tiles_and_long_runs_in_chunks(monkeypatch):
 
 
 @pytest.mark.filterwarnings("ignore::vqkernels.calibration.CalibrationWarning")
-def test_sums_have_the_same_bits_on_one_and_two_threads():
+def test_sums_have_the_same_bits_on_one_and_two_threads(monkeypatch):
     x = normal(700, 1100)
-    before, found = torch.get_num_threads(), []
+    before, found, inside = torch.get_num_threads(), [], set()
+    add = Sums._add
+
+    def watched(*args):
+        inside.add(torch.get_num_threads())
+        add(*args)
+
+    monkeypatch.setattr(Sums, "_add", watched)
     for threads in (1, 2):
         torch.set_num_threads(threads)
         found.append(Calibration.from_activations({"a": x})["a"])
         assert torch.get_num_threads() == threads
         found.append(Calibration.from_activations({"a": x}, full=False)["a"])
     torch.set_num_threads(before)
+    assert inside == {1}  # most libraries split products so that no bit shows it, some do not
     assert torch.equal(found[0].gram, found[2].gram)
     assert torch.equal(found[0].inputs, found[2].inputs)
     assert torch.equal(found[1].diagonal, found[3].diagonal)
@@ -268,7 +277,11 @@ def test_the_model_is_left_as_it_was():
     model.down.eval()
     before = {name: module.training for name, module in model.named_modules()}
     state = {name: value.clone() for name, value in model.state_dict().items()}
+    graphs = []
+    watch = model.up.register_forward_hook(lambda _, __, y: graphs.append(y.requires_grad))
     first = quiet(model, [tokens(4, 6)])
+    watch.remove()
+    assert graphs == [False]
     assert {name: module.training for name, module in model.named_modules()} == before
     assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
     assert not any(module._forward_pre_hooks for module in model.modules())

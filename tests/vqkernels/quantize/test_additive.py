@@ -7,9 +7,12 @@ import torch
 
 from tests.vqkernels.quantize.hessians import correlated, normal, output_error
 from vqkernels.errors import UnsupportedError
+from vqkernels.formats import open_source
+from vqkernels.formats.aqlm import dequantize, export
 from vqkernels.quantize import Recipe, conjugate, quantize
 from vqkernels.quantize.descent import descend
 from vqkernels.quantize.grid import grid_of
+from vqkernels.quantize.sums import Sums
 from vqkernels.quantize.target import Target
 from vqkernels.spec import CodebookSpec
 
@@ -100,6 +103,27 @@ def test_descent_is_often_the_best_of_all_codings():
     assert ours.sum() <= 1.1 * best.sum()
 
 
+@pytest.mark.parametrize("weights", [None, (2, 50), (2, 50, 3)])
+def test_improving_keeps_what_is_better(weights):
+    points, books = normal(2, 50, 3).double(), [normal(2, 4, 3, seed=1), normal(2, 3, 3, seed=2)]
+    sums = Sums(points, books, None if weights is None else normal(*weights, seed=3).exp())
+    pairs = list(itertools.product(range(4), range(3)))
+    every = [sums.errors(torch.tensor(pair).expand(2, 50, 2)) for pair in pairs]
+    best, which = torch.stack(every).min(0)
+    exact = torch.tensor(pairs)[which]
+    poor = torch.zeros_like(exact)
+    for known, found in ((exact, poor), (poor, exact)):
+        assert torch.equal(sums.errors(sums.improve(known, found)), best)
+    # each stage alone is best after one round
+    some = sums.improve(poor, poor)
+    assert (sums.errors(some) <= sums.errors(poor)).all()
+    single = [sums.errors(torch.stack([some[..., 0], torch.full((2, 50), code)], -1))
+              for code in range(3)]  # fmt: skip
+    torch.testing.assert_close(sums.errors(some), torch.stack(single).min(0).values)
+    # a beam as wide as the first stage is exhaustive
+    torch.testing.assert_close(sums.errors(sums.encode(4)), best)
+
+
 @pytest.mark.parametrize("fields", SHAPES)
 def test_a_sweep_never_loses(fields):
     spec = make(**fields)
@@ -146,7 +170,7 @@ def test_codebooks_are_the_least_squares_solution():
     weight, spec = normal(n, k, seed=6), make(vector_length=length, stages=(3, 2))
     grid = grid_of(Target(weight, None, (inputs.T @ inputs).float(), mass), spec)
     entries, codes = books_of(spec, grid)
-    solved = conjugate.solve(grid, entries, codes, steps=500, tolerance=0.0)
+    solved = conjugate.solve(grid, entries, codes, steps=12, tolerance=0.0)
 
     # a row of the design for each row's output on each token, a column for each number in a book
     design, natural = np.zeros((n, 40, 5 * length)), codes[:, grid.order.argsort()]
@@ -243,6 +267,15 @@ def test_propagation_is_the_better_start(minilm_weight):
     assert errors["both"] < 0.5 * errors["plain"]
     assert errors["descended"] < 0.65 * errors["plain"]
     assert errors["both"] < min(errors["descended"], errors["propagated"])
+
+
+def test_what_it_makes_is_what_the_aqlm_format_holds(tmp_path):
+    spec = make(stages=(16, 16), codebook_dtype="float16", scale_axis="row")
+    tensor = quantize(normal(24, 36), spec, hessian=correlated(36), recipe=Recipe(iterations=3))
+    export(tmp_path / "model", {"layer": tensor})
+    found = open_source(tmp_path / "model")["layer"]
+    assert torch.equal(found.decode(), tensor.decode())
+    assert torch.equal(dequantize(found), dequantize(tensor))
 
 
 def test_the_number_of_threads_changes_no_bit(threads, monkeypatch):

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from vqkernels.errors import TensorError
-from vqkernels.quantize import encode, quantize, relative_error
+from vqkernels.quantize import Recipe, encode, quantize, relative_error
 from vqkernels.spec import CodebookSpec
 from vqkernels.tensor import scaled_codebook
 
@@ -79,6 +79,32 @@ def test_a_tensors_own_codebooks_give_it_back(dtype, fields):
         for stage in range(len(spec.stages))
     ]
     same(quantize(weight, spec, codebooks=books), tensor)
+
+
+def test_given_codebooks_get_propagated_codes_where_the_method_does_so():
+    inputs = normal(400, 48, seed=1) @ (normal(48, 48, seed=2) + 1)
+    hessian, weight = inputs.T @ inputs, normal(64, 48)
+    spec = make(stages=(16, 8), vector_axis="out", method="vptq")
+    books = [quantize(weight, spec).parts[f"codebook_{stage}"] for stage in range(2)]
+
+    def lost(propagate):
+        tensor = quantize(
+            weight, spec, hessian=hessian, codebooks=books, recipe=Recipe(propagate=propagate)
+        )
+        assert torch.equal(tensor.parts["codebook_1"], books[1])
+        error = weight - tensor.decode()
+        return float(torch.einsum("ri,ij,rj->", error, hessian.double(), error))
+
+    assert lost(True) < 0.5 * lost(False)
+
+
+def test_a_coefficient_is_taken_off_given_codebooks():
+    weight = normal(64, 48)
+    spec = make(stages=(16, 8), coefficients=(2.0, -0.5))
+    tensor = quantize(weight, spec)
+    books = [scaled_codebook(spec, tensor.parts, stage, torch.float32) for stage in range(2)]
+    same(quantize(weight, spec, codebooks=books), tensor)
+    torch.testing.assert_close(tensor.parts["codebook_1"] * -0.5, books[1])
 
 
 def test_given_codebooks_serve_another_layer():

@@ -68,7 +68,6 @@ def spec_of(fields):
     rotated, factors = fields.pop("rotation"), fields.pop("coefficients")
     # all main columns, or half of them
     fields["rotation_size"] = rotated * (main // 2 if main % 4 == 0 else main)
-    factors = False
     fields["coefficients"] = (0.5, 2.0, -1.0)[: len(fields["stages"])] if factors else ()
     return CodebookSpec(**fields, **groups, **sides)
 
@@ -101,6 +100,8 @@ def any_format(examples):
 
 def check(fields, recipe, counted):
     spec = drawn(fields)
+    if spec.distance == "cosine" and counted == "hessian":
+        reject()  # a cosine is no error of the layer's output
     inputs = normal(64, K, seed=5)
     options = {
         "": {},
@@ -127,12 +128,12 @@ def check(fields, recipe, counted):
         assert float(lost) <= 1e-3 * float(decoded.abs().max())
 
 
-@any_format(60)
+@any_format(16)
 def test_any_format(threads, fields, recipe, counted):
     check(fields, recipe, counted)
 
 
 @pytest.mark.sweep
-@any_format(1500)
+@any_format(400)
 def test_any_format_at_length(threads, fields, recipe, counted):
     check(fields, recipe, counted)

@@ -165,6 +165,15 @@ def test_a_limited_weight_goes_the_same_way(name):
     assert prepared(spec, Target(WEIGHT))[0].limited is None
 
 
+def test_a_cosine_counts_a_vector_by_its_mean_weight():
+    target = Target(normal(4, 6), normal(4, 6, seed=1).square())
+    weights = torch.nn.functional.pad(target.weights, (0, 2)).reshape(-1, 4)
+    found = target.vectors(make(distance="cosine")).weights
+    torch.testing.assert_close(found[0], weights.mean(-1))
+    assert target.vectors(make()).weights.shape == (1, 8, 4)
+    assert Target(normal(4, 8)).vectors(make(distance="cosine")).weights is None
+
+
 def test_columns_of_a_target():
     target = Target(normal(3, 5), normal(3, 5, seed=1), normal(5, 5, seed=2), normal(3), None)
     part = target.columns(torch.tensor([4, 1]))

@@ -119,6 +119,15 @@ def test_dead_inputs_are_left_alone(damping):
     assert torch.equal(codes[:, keep], coded(alive, spec, entries, damping * 11 / 12))
 
 
+def test_dead_inputs_inside_a_vector_choose_no_code():
+    hessian, weight, entries = correlated(12), normal(40, 12), [normal(1, 16, 4, seed=1)]
+    hessian[4], hessian[:, 4] = 0, 0
+    other = weight.clone()
+    other[:, 4] += 3
+    codes = [coded(Target(some, None, hessian), make(), entries, 0.0) for some in (weight, other)]
+    assert torch.equal(*codes)
+
+
 def test_nothing_seen_at_all_gives_the_nearest_entries():
     weight, entries = normal(16, 12), normal(16, 4, seed=1)
     codes = coded(Target(weight, None, torch.zeros(12, 12)), make(), [entries[None]])

@@ -116,6 +116,8 @@ def test_a_later_stage_makes_up_for_an_earlier_one():
         {"codebook_dtype": "int8", "stages": (16, 8), "scale_axis": "row"},
         {"codebook_dtype": "float16", "vector_axis": "out", "stages": (16, 8)},
         {"vector_width": 2, "stride": 2},
+        {"coefficients": (1.0, -0.5), "stages": (16, 8)},
+        {"outlier_columns": 6, "uniform_columns": 4, "permuted": True, "zero_axis": "row"},
     ],
     ids=str,
 )

@@ -44,7 +44,7 @@ def test_bad_input_is_one_line(weight, options, message):
     ("fields", "message"),
     [
         ({"stages": (4096,)}, "4,096 entries for 1,024 vectors"),
-        ({"coefficients": (0.5,)}, "coefficients = "),
+        ({"coefficients": (0.0,)}, "a stage's coefficient is 0; leave that stage out"),
         ({"rotation_size": 24}, "a rotation of 24 doesn't divide 64 columns"),
         ({"outlier_columns": 40, "uniform_columns": 24}, "64 outlier and uniform columns leave"),
     ],

@@ -171,9 +171,21 @@ def test_a_rotation_lowers_the_error_of_vectors_that_cross_outlier_columns():
     assert max(hadamards, randoms) < 0.85 * plain
 
 
+def test_opq_learns_its_rotation_unless_another_is_asked_for():
+    weight = correlated(96) * torch.linspace(0.2, 3, 64)
+    spec = make(subspaces=4, rotation_size=16, method="opq")
+    errors = {
+        kind: relative_error(
+            weight, quantize(weight, spec, recipe=Recipe(rotation=kind, iterations=8))
+        )
+        for kind in ("auto", "learned", "hadamard")
+    }
+    assert errors["auto"] == errors["learned"] < 0.9 * errors["hadamard"]
+
+
 def test_each_kind_is_another(threads):
     weight, spec = correlated(64), make(rotation_size=16)
-    kinds = ("auto", "random", "whitening")
+    kinds = ("auto", "random", "whitening", "learned")
     found = {}
     for kind in kinds:
         recipe = Recipe(rotation=kind, iterations=2)

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from sklearn.model_selection import train_test_split
 
 from vqkernels.errors import TensorError
-from vqkernels.quantize import sampling
-from vqkernels.quantize.coverage import CoverageWarning, coverage
+from vqkernels.quantize import Recipe, sampling
 from vqkernels.quantize.layout import Vectors, block, split
+from vqkernels.quantize.sampling import CoverageWarning, coverage
 from vqkernels.spec import CodebookSpec
 
 
@@ -112,17 +112,26 @@ def test_the_sum_of_squares_is_nearer_than_a_plain_draw_gives():
 # --- outliers and strata ---
 
 
-def test_a_rare_outlier_is_in_every_sample_with_its_own_weight():
+def test_rare_outliers_are_in_every_sample_with_their_own_weight():
     spec = make()
     matrix = normal(100, 200) / 2
-    matrix[37, 8:12] = torch.tensor([8.0, 0, 0, 0])  # 8 times the root mean square
+    outliers = {37 * 50 + 2: 8.0, 61 * 50: 7.5, 90 * 50 + 49: 7.0}  # times the root mean square
+    for cell, norm in outliers.items():
+        matrix[cell // 50, cell % 50 * 4 :][:4] = torch.tensor([norm, 0, 0, 0])
     vectors = split(spec, matrix, None)
-    outlier = 37 * 50 + 2
     for seed in range(30):
         kept = drawn(vectors, spec, 100, 200, 50, seed)
-        at = kept.cells[0].tolist().index(outlier)
-        assert float(kept.weights[0, at]) == 1
-        assert torch.equal(kept.points[0, at], torch.tensor([8.0, 0, 0, 0]))
+        for cell, norm in outliers.items():
+            at = kept.cells[0].tolist().index(cell)
+            assert float(kept.weights[0, at]) == 1
+            assert kept.points[0, at].tolist() == [norm, 0, 0, 0]
+
+
+def test_the_longest_vector_is_in_every_sample():
+    spec = make()
+    vectors = split(spec, normal(100, 200), None)
+    longest = int(vectors.points[0].square().sum(-1).argmax())
+    assert all(longest in cells_of(drawn(vectors, spec, 100, 200, 8, seed)) for seed in range(30))
 
 
 def test_many_outliers_leave_room_for_the_rest():
@@ -390,6 +399,18 @@ def test_all_vectors_of_all_layers():
         together = sampling.over_layers(weights, spec, size, seed=0)
         assert together.weights is None
         assert together.cells.tolist() == [list(range(48))]
+
+
+def test_a_layers_scales_and_limits_are_those_of_the_recipe():
+    spec = make(scale_axis="row")
+    weights = {"a": normal(40, 64)}
+    weights["a"][3, :4] = 50.0
+    plain = sampling.over_layers(weights, spec, 400, seed=0)
+    limited = sampling.over_layers(weights, spec, 400, seed=0, recipe=Recipe(clip=2))
+    largest = sampling.over_layers(weights, spec, 400, seed=0, recipe=Recipe(scaling="max"))
+    assert float(plain.points.abs().max()) > 3.5
+    assert float(limited.points.abs().max()) < 3.5
+    assert float(largest.points.abs().max()) == pytest.approx(1, rel=1e-3)
 
 
 def test_a_layers_importance_counts_in_its_sample():

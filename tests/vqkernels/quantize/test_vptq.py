@@ -30,11 +30,15 @@ def error_of(weight, spec, hessian, recipe):
     "fields",
     [
         {},
-        {"vector_axis": "in"},
+        {"vector_axis": "in", "rotation_size": 5, "outlier_columns": 3, "permuted": True},
         {"vector_length": 5, "stride": 2, "subspaces": 2},
-        {"group_axis": "column", "group_size": 15},
+        {
+            "outlier_columns": 3, "outlier_entries": 8, "outlier_vector_length": 2,
+            "permuted": True, "group_axis": "column", "group_size": 14,
+            "scale_axis": "column", "zero_axis": "column",
+        },
     ],
-)
+)  # fmt: skip
 def test_propagation_loses_less(fields):
     weight, hessian = normal(59, 43), correlated(43)
     plain, propagated, refitted = (
@@ -45,9 +49,21 @@ def test_propagation_loses_less(fields):
     assert refitted < propagated
 
 
+def test_refits_move_the_codebooks():
+    weight, hessian = normal(59, 43), correlated(43)
+    before, after = (
+        quantize(weight, make(), hessian=hessian, recipe=Recipe(iterations=5, beam=2, refits=count))
+        for count in (0, 1)
+    )
+    moved = after.replace_parts(codes=before.parts["codes"])
+    errors = [output_error(weight, found.decode(), hessian) for found in (before, moved)]
+    assert errors[1] < errors[0]
+
+
+@pytest.mark.sweep
 def test_propagation_on_minilm(minilm_weight):
-    weight, hessian = minilm_weight[:256, :192], correlated(192)
-    spec = make(vector_length=8, stages=(128, 16))
+    weight, hessian = minilm_weight, correlated(384)
+    spec = make(vector_length=8, stages=(256, 16))
     plain, propagated = (error_of(weight, spec, hessian, recipe) for recipe in (PLAIN, PROPAGATED))
     assert propagated < 0.45 * plain
 
