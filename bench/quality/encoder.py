@@ -25,7 +25,7 @@ from bench.quality.loading import (
     max_positions,
 )
 from vqkernels.errors import ContainerError, TensorError, UnsupportedError
-from vqkernels.formats.checkpoint import read_json
+from vqkernels.formats.tensor_files import read_json
 
 __all__ = ["Encoder", "load_encoder"]
 

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from bench.available import first_line, load_package
 from vqkernels.errors import ContainerError, TensorError, UnsupportedError, VqError
-from vqkernels.formats.checkpoint import CONFIG, read_json
+from vqkernels.formats.checkpoint import CONFIG
+from vqkernels.formats.tensor_files import read_json
 from vqkernels.nn import replace_linears
 from vqkernels.source import outline_of
 from vqkernels.tensor import QuantizedTensor, row_step

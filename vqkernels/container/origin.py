@@ -6,7 +6,8 @@ file:
     creator: the program that wrote the file, and its version; always there
     created: when, as ISO 8601 (`2026-11-22T09:39:30+00:00`, or the date alone)
     author: who
-    source, source_sha256: what it was made from, and the SHA-256 of that
+    source, source_sha256: what it was made from, and the SHA-256 of that: of several files, of what
+        `sha256sum` prints of them in the order of their names
     format: name of the format that was asked for
     method, seed, iterations: of the quantizer, where it was asked the same for every matrix
     libraries: what computed it, as `library_stamp` gives it

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from vqkernels.errors import ContainerError
-from vqkernels.formats.tensor_files import AGAIN, TensorFiles, opened, read_json
+from vqkernels.formats.tensor_files import AGAIN, TensorFiles, read_json
 from vqkernels.source import Outline, TensorSource
 
-__all__ = ["CONFIG", "Checkpoint", "CheckpointSource", "opened", "read_json", "shortened"]
+__all__ = ["CONFIG", "Checkpoint", "CheckpointSource", "shortened"]
 
 CONFIG = "config.json"
 
