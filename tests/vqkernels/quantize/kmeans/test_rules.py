@@ -147,7 +147,10 @@ def test_medoids_under_a_norm_limit_are_refused():
 
 
 def test_a_lone_medoid_is_the_vector_of_least_weighted_error():
-    points, weights = normal(60, 3), normal(60, 3, seed=1).mul(2).exp() * torch.tensor([1, 9, 0.1])
+    points, weights = (
+        normal(60, 3),
+        normal(60, 3, seed=1).mul(2).exp() * torch.tensor([1, 99, 0.01]),
+    )
     found = cluster(points, 1, weights=weights, recipe=Recipe(clustering="medoids"))
     squares = (points[:, None] - points[None]).double().square()
     best = (squares * weights[:, None]).sum((0, 2)).argmin()
