@@ -139,6 +139,10 @@ def load_model(folder: Path, kind: str, *, dtype: torch.dtype = torch.float32) -
             f"{folder}: holds no {missing[0]!r}, which {kind} needs; "
             f"give the whole model's folder, or a model of that kind"
         )
+    for parameter in module.parameters():
+        # out of the mapped file: products of weights that begin elsewhere in a cache line round in
+        # other ways, so that equal weights, put in here, would give other numbers
+        parameter.data = parameter.data.clone()
     return LoadedModel(folder, module.eval(), frozenset(info["unexpected_keys"]))
 
 

@@ -20,6 +20,13 @@ def broken(folder: Path):
     return tiny.damaged(tiny.exact(tiny.weights(folder)["model.embed_tokens.weight"]))
 
 
+def test_weights_begin_where_torch_begins_them(tied: Path) -> None:
+    # where a product's rounding is the same for equal weights; a mapped file's begin anywhere
+    model = load_model(tied, "AutoModelForCausalLM")
+    assert {one.data_ptr() % 64 for one in model.module.parameters()} == {0}
+    assert model.module.lm_head.weight is model.module.get_input_embeddings().weight
+
+
 @pytest.mark.parametrize("kernels", [False, True])
 def test_a_product_that_shares_an_embeddings_weight_leaves_that_dense(
     tied: Path, kernels: bool
