@@ -24,7 +24,7 @@ __all__ = ["Stage", "code_stage", "round_to", "rounded", "store", "stored_entrie
 # Scales that are tried for int8, as shares of the one that just holds the largest entry. A rare
 # entry may be worth clamping; below this the clamped ones cost more than finer steps gain.
 SHRINKAGES = tuple(1 - step / 32 for step in range(13))
-# Rounds of codes and entries after rounding to int8: a third one gains less than 0.01 %.
+# Rounds of codes and entries after rounding to int8, each of one more assignment.
 ROUNDS = 2
 
 

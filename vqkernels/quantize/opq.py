@@ -27,8 +27,8 @@ from vqkernels.threads import one_thread
 
 __all__ = ["rotation"]
 
-# Vectors of a codebook that the rotation is found with, where the recipe has no sample: it has so
-# few numbers that more move it by less than another seed does.
+# Vectors of a codebook that the rotation is found with, where the recipe has no sample: 64 for each
+# of 256 entries, and a rotation has few numbers beside them.
 SAMPLE = 16384
 # Iterations of the first k-means; each turn is another.
 FIRST = 8

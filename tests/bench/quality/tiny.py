@@ -12,12 +12,10 @@ import transformers
 from safetensors.torch import load_file
 from tokenizers import (
     Tokenizer,
-    decoders,
     models,
     normalizers,
     pre_tokenizers,
     processors,
-    trainers,
 )
 from torch import Tensor
 
@@ -35,7 +33,7 @@ TEXT = (
 def make_llama(folder: Path, *, positions: int = 64, tied: bool = False, seed: int = 0) -> Path:
     """A causal language model of two layers; its weights are large, so that it has opinions."""
     torch.manual_seed(seed)
-    tokenizer = _bytes_tokenizer()
+    tokenizer = _tokenizer("[CLS] $A")
     config = transformers.LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=16,
@@ -55,7 +53,7 @@ def make_llama(folder: Path, *, positions: int = 64, tied: bool = False, seed: i
 def make_gpt2(folder: Path) -> Path:
     """GPT-2, whose matrices lie in Conv1D layers, transposed, and whose head is its embedding."""
     torch.manual_seed(1)
-    tokenizer = _bytes_tokenizer()
+    tokenizer = _tokenizer("[CLS] $A")
     config = transformers.GPT2Config(
         vocab_size=len(tokenizer), n_positions=32, n_embd=16, n_layer=1, n_head=2
     )
@@ -67,7 +65,7 @@ def make_gpt2(folder: Path) -> Path:
 def make_bert(folder: Path, *, pooling: Mapping[str, object] | None = None) -> Path:
     """A sentence encoder as sentence-transformers stores it."""
     torch.manual_seed(2)
-    tokenizer = _words_tokenizer()
+    tokenizer = _tokenizer("[CLS] $A [SEP]")
     config = transformers.BertConfig(
         vocab_size=len(tokenizer),
         hidden_size=16,
@@ -94,7 +92,7 @@ def make_bert(folder: Path, *, pooling: Mapping[str, object] | None = None) -> P
 
 def make_t5(folder: Path) -> Path:
     """A model that takes no sentence without being told what to answer."""
-    tokenizer = _words_tokenizer()
+    tokenizer = _tokenizer("[CLS] $A [SEP]")
     config = transformers.T5Config(
         vocab_size=len(tokenizer), d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2
     )
@@ -141,34 +139,18 @@ def linears(folder: Path) -> dict[str, QuantizedTensor]:
     }
 
 
-def _bytes_tokenizer() -> transformers.PreTrainedTokenizerFast:
-    """Byte pairs of TEXT, with a mark at the start."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(
-        vocab_size=300, special_tokens=["<s>"], initial_alphabet=alphabet, show_progress=False
-    )
-    tokenizer.train_from_iterator([TEXT], trainer)
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="<s> $A", special_tokens=[("<s>", 0)]
-    )
-    return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>")
-
-
-def _words_tokenizer() -> transformers.PreTrainedTokenizerFast:
-    """The words of TEXT and single letters; not trained, which gives other pieces each time."""
-    letters = sorted({letter for letter in TEXT.lower() if letter.isalpha()})
-    words = sorted(set(re.findall("[a-z]+", TEXT.lower())) - set(letters))
-    pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", ".", ",", ";"]
-    pieces += [*letters, *(f"##{letter}" for letter in letters), *words]
-    vocabulary = {piece: at for at, piece in enumerate(pieces)}
-    tokenizer = Tokenizer(models.WordPiece(vocab=vocabulary, unk_token="[UNK]"))
+def _tokenizer(template: str) -> transformers.PreTrainedTokenizerFast:
+    """Short words and letters of TEXT. Listed, not trained: a trainer's ties fall by chance."""
+    names = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
+    letters = sorted(set(TEXT.lower()) - {" "}) + sorted("bfgjqvxyz0123456789")
+    short = sorted(set(re.findall(r"\b[a-z]{2,4}\b", TEXT.lower())))
+    pieces = dict.fromkeys([*names, *letters, *(f"##{one}" for one in letters), *short])
+    vocabulary = {piece: number for number, piece in enumerate(pieces)}
+    tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
     tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     tokenizer.post_processor = processors.TemplateProcessing(
-        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+        single=template, special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
     )
     return transformers.PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
