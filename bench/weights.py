@@ -15,11 +15,14 @@ from bench.workload import Layer, Workload
 from vqkernels.errors import BackendError, ContainerError, SpecError
 from vqkernels.fuse import fuse
 from vqkernels.parts import check_fit
-from vqkernels.quantize import quantize, relative_error
+from vqkernels.quantize import Recipe, quantize, relative_error
 from vqkernels.spec import CodebookSpec
 from vqkernels.tensor import QuantizedTensor, random_tensor
 
 __all__ = ["Weight", "make_weight", "weights_file"]
+
+# A kernel's time doesn't hang on how good the codes are, and greedy ones take a third of the time.
+_GREEDY = Recipe(beam=1, refits=0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,7 +73,7 @@ def make_weight(workload: Workload, layer: Layer, spec: CodebookSpec, *, seed: i
     if path is None or layer.tensor is None:
         return Weight(random_tensor(spec, layer.n, layer.k, seed=seed), "uniform")
     dense = _dense(workload, path, layer)
-    tensor = quantize(dense, spec, seed=seed)
+    tensor = quantize(dense, spec, seed=seed, recipe=_GREEDY)
     return Weight(tensor, "trained", relative_error(dense, tensor))
 
 

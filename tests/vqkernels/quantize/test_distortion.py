@@ -1,7 +1,11 @@
-"""The distortions that faiss 1.15.1 reaches in 25 iterations, to within 0.3 % or better."""
+"""The distortions that faiss 1.15.1 reaches in 25 iterations, to within 0.3 % or better.
+
+`default` is the default recipe, held to faiss's best: a beam of 32 with its codebooks refitted.
+"""
 
 import statistics
 
+import click
 import pytest
 
 from vqkernels.quantize import Recipe, quantize, relative_error
@@ -18,11 +22,12 @@ REFIT = Recipe(beam=5, refits=2)
 WIDE = Recipe(beam=32, refits=2)
 
 CASES = {"vq": (VQ, GREEDY), "pq": (PQ, GREEDY), "rq": (RQ, GREEDY), "beam": (RQ, BEAM),
-         "refit": (RQ, REFIT), "wide": (RQ, WIDE), "opq": (OPQ, GREEDY)}  # fmt: skip
+         "refit": (RQ, REFIT), "wide": (RQ, WIDE), "opq": (OPQ, GREEDY),
+         "default": (RQ, Recipe())}  # fmt: skip
 MINILM = {"vq": 0.33422, "pq": 0.10604, "rq": 0.11746, "beam": 0.10690, "refit": 0.10254,
-          "wide": 0.09902, "opq": 0.10589}  # fmt: skip
+          "wide": 0.09902, "opq": 0.10589, "default": 0.09902}  # fmt: skip
 NORMAL = {"vq": 0.31302, "pq": 0.09472, "rq": 0.10189, "beam": 0.09400, "refit": 0.08984,
-          "wide": 0.08801, "opq": 0.09473}  # fmt: skip
+          "wide": 0.08801, "opq": 0.09473, "default": 0.08801}  # fmt: skip
 
 
 def error_of(weight, fields, **options):
@@ -46,11 +51,17 @@ def test_error_on_normal_numbers(normal_weight, name):
 @pytest.mark.sweep
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("matrix", ["minilm", "normal"])
-def test_the_median_of_five_seeds(minilm_weight, normal_weight, matrix, name):
+def test_the_median_of_five_seeds(minilm_weight, normal_weight, matrix, name, capsys):
     weight = minilm_weight if matrix == "minilm" else normal_weight
     fields, recipe = CASES[name]
     errors = [error_of(weight, fields, recipe=recipe, seed=seed) for seed in range(5)]
-    assert statistics.median(errors) <= 1.003 * (MINILM if matrix == "minilm" else NORMAL)[name]
+    table = (MINILM if matrix == "minilm" else NORMAL)[name]
+    median = statistics.median(errors)
+    with capsys.disabled():
+        click.echo(
+            f"\n{matrix} {name}: {median:.5f} ({min(errors):.5f} to {max(errors):.5f}), {table}"
+        )
+    assert median <= 1.003 * table
 
 
 def test_row_scales_gain_a_tenth_at_2_bits(minilm_weight):
