@@ -35,7 +35,7 @@ name = "cats"
 text = "The cat sleeps."
 near = "The cat sleeps on the piano."
 far = "In an hour, the bus is late; less than that, it rains."
-margin = 0.02
+margin = 0.06
 """
 SIZE = "import json, os, sys; print(json.dumps({'accuracy': os.path.exists(sys.argv[1])*0.5}))"
 

@@ -28,9 +28,9 @@ def check_kills(*jobs: str) -> None:
 
 
 def test_runs_killed_at_some_lines() -> None:
-    check_kills("file:6:1", "shards:4:0")
+    check_kills("file:6:1")
 
 
 @pytest.mark.sweep
 def test_runs_killed_at_many_lines() -> None:
-    check_kills("file:150:30", "shards:150:30")
+    check_kills("file:60:15", "shards:60:15")

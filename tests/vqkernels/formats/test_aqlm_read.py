@@ -310,7 +310,7 @@ def test_a_later_layer_is_checked_when_the_folder_is_opened(tmp_path: Path) -> N
 
 
 def test_a_tensor_is_checked_when_it_is_read(folder: Path) -> None:
-    source = AqlmSource(Checkpoint(folder))
     edit_tensors(folder, scales=nan())
+    source = AqlmSource(Checkpoint(folder))
     with pytest.raises(TensorError, match="scales' holds NaN"):
         source[NAME]

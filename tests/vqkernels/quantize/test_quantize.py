@@ -339,7 +339,7 @@ def test_presets(name):
 )
 @settings(
     deadline=None,
-    max_examples=80,
+    max_examples=40,
     derandomize=True,
     suppress_health_check=[HealthCheck.filter_too_much],  # many layers can't hold the format
 )

@@ -1,6 +1,4 @@
-"""VQ at K = 256: the distortions that faiss 1.15.1 reaches in 25 iterations, and weights."""
-
-import statistics
+"""VQ: weights count, and so does the recipe."""
 
 import pytest
 import torch
@@ -16,18 +14,6 @@ def normal(*shape, seed=0):
 def make(**fields):
     return CodebookSpec(**{"stages": (256,), "vector_length": 8, "codebook_dtype": "float32"}
                         | fields)  # fmt: skip
-
-
-@pytest.mark.sweep
-@pytest.mark.parametrize(
-    ("case", "table"), [("minilm_weight", 0.33422), ("normal_weight", 0.31302)]
-)
-def test_the_median_of_five_seeds_is_that_of_the_table(case, table, request):
-    weight = request.getfixturevalue(case)
-    tensors = [quantize(weight, make(), seed=seed) for seed in range(5)]
-    assert all(len(tensor.parts["codes"].unique()) == 256 for tensor in tensors)
-    errors = [relative_error(weight, tensor) for tensor in tensors]
-    assert statistics.median(errors) <= 1.003 * table
 
 
 def test_a_hessian_diagonal_lowers_the_weighted_error_by_a_quarter(minilm_weight):

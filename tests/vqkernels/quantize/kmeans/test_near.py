@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from vqkernels.quantize.kmeans import assign, block, kmeans, seeding
-from vqkernels.quantize.kmeans.block import workers
 from vqkernels.quantize.kmeans.near import nearest_of_many
+from vqkernels.threads import workers
 
 
 def normal(*shape, seed=0):
@@ -54,9 +54,9 @@ def test_the_lowest_of_equal_entries():
 
 @pytest.mark.parametrize("data", ["normal", "clusters", "outliers", "far", "same"])
 def test_hard_data(many, data):
-    points = normal(2, 2500, 4)
+    points, seeded = normal(2, 2500, 4), torch.Generator().manual_seed(2)
     if data == "clusters":
-        points = points / 1000 + torch.randint(-3, 4, points.shape).float()
+        points = points / 1000 + torch.randint(-3, 4, points.shape, generator=seeded).float()
     elif data == "outliers":
         points[:, ::50] *= 1e4
     elif data == "far":
@@ -68,7 +68,7 @@ def test_hard_data(many, data):
     # far from 0 in float32, differences are all that is accurate
     shift = points.mean(1, keepdim=True)
     for one in range(2):
-        limit = 1e-2 if data in ("outliers", "far") else 1e-4
+        limit = 1e-2 if data in ("outliers", "far") else 1e-3
         assert differing(points[one] - shift[one], entries[one] - shift[one], codes[one]) < limit
 
 
