@@ -14,8 +14,7 @@ from torch import Tensor, nn
 
 from bench.available import first_line
 from bench.quality.loading import architecture, load_model, load_tokenizer, max_positions
-from bench.weights import weights_file
-from bench.workload import load_workload
+from bench.weights import model_path
 from vqkernels.errors import BackendError, ContainerError, TensorError
 
 __all__ = [
@@ -31,7 +30,6 @@ __all__ = [
 
 Batch = dict[str, Tensor]
 
-MINILM = "minilm"
 BUILT_IN = "calibration_texts.toml"
 VOCABULARIES = (
     "tokenizer.json", "tokenizer.model", "vocab.txt", "vocab.json", "spiece.model",
@@ -76,15 +74,15 @@ def read_texts(path: Path | None) -> Texts:
 
 
 def model_folder(name: str) -> Path:
-    """The folder of the model at the path `name`, or in the package that `minilm` stands for.
+    """The folder of the model at the path `name`, or of the workload of that name, as `minilm`.
 
     Raises ContainerError for what is no model's folder, BackendError where the package is missing.
     """
-    packaged = weights_file(load_workload(MINILM)) if name == MINILM else None
-    folder = packaged.parent if packaged else Path(name)
+    path = model_path(name)
+    folder = path if path == Path(name) else path.parent
     if not folder.is_dir():
         problem = "is not a folder" if folder.exists() else "there is no such folder"
-        raise ContainerError(f"{folder}: {problem}; give a model's folder, or {MINILM!r}")
+        raise ContainerError(f"{folder}: {problem}; give a model's folder, or 'minilm'")
     if not (folder / "config.json").is_file():
         raise ContainerError(f"{folder}: holds no config.json; give a Hugging Face model's folder")
     if not any(folder.glob("*.safetensors")):

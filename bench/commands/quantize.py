@@ -17,8 +17,7 @@ from bench.quantizing.output import check_space, target_of, write
 from bench.quantizing.recipes import recipe_of
 from bench.quantizing.report import report
 from bench.quantizing.work import WorkFolder
-from bench.weights import weights_file
-from bench.workload import load_workload, workload_names
+from bench.weights import model_path
 from vqkernels.container import entropy
 from vqkernels.container.manifest import Coding
 from vqkernels.errors import ContainerError
@@ -160,10 +159,8 @@ def command(
 
 def _model(model: Path) -> tuple[Path, str]:
     """Where the model lies, and what it is called; a workload's name stands for its weights."""
-    if not model.exists() and str(model) in workload_names():
-        found = weights_file(load_workload(str(model)))
-        if found is None:
-            raise ContainerError(f"{model}: is a workload of shapes alone; give a model's path")
-        return found, model.name
+    path = model_path(model)
+    if path != model:
+        return path, model.name
     # a folder's name may hold dots
     return model, model.resolve().name if model.is_dir() else model.stem

@@ -7,15 +7,14 @@ from pathlib import Path
 
 from torch import Tensor
 
-from bench.weights import weights_file
-from bench.workload import load_workload
+from bench.weights import model_path
 from vqkernels.errors import ContainerError
 from vqkernels.formats import TensorFiles
 
 __all__ = ["MINILM", "Original", "counterpart", "original_of"]
 
 MINILM = "minilm"
-"""Stands for the weights in the package of that workload."""
+"""The workload whose weights are a sentence encoder's."""
 
 # Weights whose numbers are the weights; FP8 and integer ones need scales from elsewhere.
 _DTYPES = ("F64", "F32", "F16", "BF16")
@@ -59,12 +58,11 @@ class Original(Mapping[str, Tensor]):
 
 
 def original_of(name: str) -> Original:
-    """The model at the path `name`, or in the package that `minilm` stands for.
+    """The model at the path `name`, or of the workload of that name, as `minilm`.
 
     Raises ContainerError where it can't be read, BackendError where the package is missing.
     """
-    packaged = weights_file(load_workload(MINILM)) if name == MINILM else None
-    return Original(packaged or Path(name))
+    return Original(model_path(name))
 
 
 def counterpart(original: Original, name: str) -> str | None:

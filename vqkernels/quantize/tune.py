@@ -40,6 +40,7 @@ def tuned(
     return found if after < before else list(stages)
 
 
+@one_thread()
 def tune(
     target: Target,
     spec: CodebookSpec,
@@ -52,17 +53,7 @@ def tune(
     entries: `[books, entries, size]` float32 of each stage, as they decode. codes: `[books, count]`
         of each stage.
     """
-    with one_thread():
-        return _tune(target, plain(spec), entries, codes, recipe)
-
-
-def _tune(
-    target: Target,
-    spec: CodebookSpec,
-    entries: Sequence[Tensor],
-    codes: Sequence[Tensor],
-    recipe: Recipe,
-) -> tuple[list[Tensor], list[Tensor]]:
+    spec = plain(spec)
     books = [book.clone().requires_grad_() for book in entries]
     # halfway to what the codes stand for: from the weight itself, its nearest codes would be the
     # first step's, and what propagated codes had gained would be lost at once
