@@ -20,7 +20,6 @@ from click.testing import CliRunner, Result
 from safetensors.torch import save_file
 
 from bench import cli
-from bench.commands import quantize as command
 from bench.quantizing import layers, output
 from vqkernels import container
 from vqkernels.presets import parse_format
@@ -265,7 +264,7 @@ def test_a_set_and_a_file_do_not_replace_each_other(model: Path, tmp_path: Path)
 def test_a_workload_s_name_stands_for_its_weights(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(command, "weights_file", lambda workload: model)
+    monkeypatch.setattr("bench.weights.weights_file", lambda workload: model)
     assert run(Path("minilm"), tmp_path / "out").exit_code == 0
     assert [path.name for path in (tmp_path / "out").iterdir()] == [
         f"minilm.{FORMAT}.vq.safetensors"

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from vqkernels.quantize import rq
 from vqkernels.quantize.layout import Vectors
+from vqkernels.quantize.over_layers import over_layers
 from vqkernels.quantize.recipe import Recipe
-from vqkernels.quantize.sampling import over_layers
 from vqkernels.quantize.target import Target
 from vqkernels.spec import CodebookSpec
 
@@ -45,7 +45,7 @@ def train(
 ) -> list[Tensor]:
     """What `quantize(codebooks=...)` takes, for each of the layers `weights: [n, k]`.
 
-    weights, importance: as `sampling.over_layers` takes them, so a layer at a time. A full Hessian
+    weights, importance: as `over_layers` takes them, so a layer at a time. A full Hessian
     has no say in what is shared. Raises TensorError for layers that can't share codebooks, and
     UnsupportedError where an entry overflows the codebooks' dtype.
     """

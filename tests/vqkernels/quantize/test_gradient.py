@@ -7,8 +7,9 @@ import torch
 from sklearn.cluster import KMeans as SklearnKMeans
 
 from vqkernels.errors import SpecError
-from vqkernels.quantize.gradient import MovingAverage, VectorQuantizer, learn
+from vqkernels.quantize.gradient import VectorQuantizer
 from vqkernels.quantize.kmeans import assign, kmeans, point_errors
+from vqkernels.quantize.kmeans.learning import MovingAverage, learn
 from vqkernels.quantize.recipe import Recipe
 
 
@@ -208,3 +209,18 @@ def test_entries_without_vectors_are_used_in_the_end(clustering):
     for expiry, used in ((0.05, 32), (0.0, 16)):
         entries = learn(points, first, recipe=dataclasses.replace(recipe, expiry=expiry))
         assert len(assign(points, entries).unique()) == used
+
+
+@pytest.mark.parametrize("clustering", ["ema", "gradient"])
+def test_weights_count_by_their_ratios_and_nothing_without_one_counts(clustering):
+    points, weights = normal(1, 1024, 4), torch.ones(1, 1024)
+    points[:, 512:] *= 1000
+    weights[:, 512:] = 0
+    # entries that start far off expire, onto vectors with a weight only
+    first = torch.cat([points[:, :8], points[:, 512:520]], dim=1)
+    recipe = Recipe(clustering=clustering, iterations=10, batch=256, expiry=0.05)
+    found = [
+        learn(points, first, weights=scale * weights, recipe=recipe) for scale in (1, 2.0**-40)
+    ]
+    assert found[0].abs().max() < 10
+    torch.testing.assert_close(*found)

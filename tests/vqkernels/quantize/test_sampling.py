@@ -14,6 +14,7 @@ from sklearn.model_selection import train_test_split
 from vqkernels.errors import TensorError
 from vqkernels.quantize import Recipe, sampling
 from vqkernels.quantize.layout import Vectors, block, split
+from vqkernels.quantize.over_layers import over_layers
 from vqkernels.quantize.sampling import CoverageWarning, coverage
 from vqkernels.spec import CodebookSpec
 
@@ -250,7 +251,7 @@ def test_the_same_seed_draws_the_same_on_one_and_two_threads():
         torch.set_num_threads(threads)
         found.append(sampling.sample(vectors, spec, 64, 64, 100, seed=(3, 1)))
         held.append(sampling.hold_out(vectors, spec, 64, 64, 0.2, seed=3)[1])
-        together.append(sampling.over_layers({"a": normal(64, 64)}, spec, 100, seed=3))
+        together.append(over_layers({"a": normal(64, 64)}, spec, 100, seed=3))
     torch.set_num_threads(before)
     for pair in (found, held, together):
         same(*pair)
@@ -378,7 +379,7 @@ def test_a_book_that_is_in_the_sample_as_a_whole_is_covered():
 def test_layers_share_a_sample_by_their_size_and_the_smallest_is_in_it():
     spec = make()
     weights = {"large": normal(100, 160), "mid": normal(25, 160, seed=1), "tiny": normal(5, 16)}
-    together = sampling.over_layers(weights, spec, 500, seed=0)
+    together = over_layers(weights, spec, 500, seed=0)
     assert together.cells.shape == (1, 500)
     cells = together.cells[0]
     counts = [int((cells < 4000).sum()), int(((cells >= 4000) & (cells < 5000)).sum())]
@@ -396,7 +397,7 @@ def test_all_vectors_of_all_layers():
     spec = make()
     weights = {"a": normal(8, 16), "b": normal(4, 16)}
     for size in (0, 48, 1000):
-        together = sampling.over_layers(weights, spec, size, seed=0)
+        together = over_layers(weights, spec, size, seed=0)
         assert together.weights is None
         assert together.cells.tolist() == [list(range(48))]
 
@@ -405,9 +406,9 @@ def test_a_layers_scales_and_limits_are_those_of_the_recipe():
     spec = make(scale_axis="row")
     weights = {"a": normal(40, 64)}
     weights["a"][3, :4] = 50.0
-    plain = sampling.over_layers(weights, spec, 400, seed=0)
-    limited = sampling.over_layers(weights, spec, 400, seed=0, recipe=Recipe(clip=2))
-    largest = sampling.over_layers(weights, spec, 400, seed=0, recipe=Recipe(scaling="max"))
+    plain = over_layers(weights, spec, 400, seed=0)
+    limited = over_layers(weights, spec, 400, seed=0, recipe=Recipe(clip=2))
+    largest = over_layers(weights, spec, 400, seed=0, recipe=Recipe(scaling="max"))
     assert float(plain.points.abs().max()) > 3.5
     assert float(limited.points.abs().max()) < 3.5
     assert float(largest.points.abs().max()) == pytest.approx(1, rel=1e-3)
@@ -418,36 +419,36 @@ def test_a_layers_importance_counts_in_its_sample():
     weights = {"a": normal(40, 64), "b": normal(40, 64, seed=1)}
     importance = {"a": torch.ones(64)}
     importance["a"][:4] = 0
-    together = sampling.over_layers(weights, spec, 400, seed=0, importance=importance)
+    together = over_layers(weights, spec, 400, seed=0, importance=importance)
     first = together.cells[0] < 640
     assert not bool((together.cells[0][first] % 16 == 0).any())
     assert bool((together.cells[0][~first] % 16 == 0).any())
     assert float(together.weights[0][first].sum()) == pytest.approx(600, rel=0.1)
     deep = {"a": torch.arange(64.0), "b": torch.ones(64)}
-    assert sampling.over_layers(weights, spec, 400, seed=0, importance=deep).weights.ndim == 3
+    assert over_layers(weights, spec, 400, seed=0, importance=deep).weights.ndim == 3
 
 
 def test_layers_that_cannot_share_are_refused_in_one_line():
     spec = make()
     with pytest.raises(TensorError, match="no layers; give one"):
-        sampling.over_layers({}, spec, 8, seed=0)
+        over_layers({}, spec, 8, seed=0)
     with pytest.raises(TensorError, match=r"a: torch.int64 \[4\]; give matrices"):
-        sampling.over_layers({"a": torch.arange(4)}, spec, 8, seed=0)
+        over_layers({"a": torch.arange(4)}, spec, 8, seed=0)
     with pytest.raises(TensorError, match="a: holds NaN"):
-        sampling.over_layers({"a": torch.full((4, 4), math.nan)}, spec, 8, seed=0)
+        over_layers({"a": torch.full((4, 4), math.nan)}, spec, 8, seed=0)
     with pytest.raises(TensorError, match="sample of 1 for 2 layers"):
-        sampling.over_layers({"a": normal(4, 4), "b": normal(4, 4)}, spec, 1, seed=0)
+        over_layers({"a": normal(4, 4), "b": normal(4, 4)}, spec, 1, seed=0)
     with pytest.raises(TensorError, match=r"a: importance \[3\] doesn't broadcast to \[4, 4\]"):
-        sampling.over_layers({"a": normal(4, 4)}, spec, 0, seed=0, importance={"a": torch.ones(3)})
+        over_layers({"a": normal(4, 4)}, spec, 0, seed=0, importance={"a": torch.ones(3)})
     grouped = make(group_axis="row", group_size=4)
     with pytest.raises(TensorError, match="1 to 2 codebooks in this format"):
-        sampling.over_layers({"a": normal(4, 4), "b": normal(8, 4)}, grouped, 2, seed=0)
+        over_layers({"a": normal(4, 4), "b": normal(8, 4)}, grouped, 2, seed=0)
 
 
 def test_a_poor_sample_of_the_layers_is_warned_of():
     spec = make(stages=(16,))
     weights = {"a": normal(40, 64), "b": normal(40, 64, seed=1)}
-    sampling.over_layers(weights, spec, 160, seed=0)
+    over_layers(weights, spec, 160, seed=0)
     with pytest.warns(CoverageWarning, match=r"the 2 layers: 9.94 vectors an entry") as caught:
-        sampling.over_layers(weights, spec, 159, seed=0)
+        over_layers(weights, spec, 159, seed=0)
     assert caught[0].filename == __file__

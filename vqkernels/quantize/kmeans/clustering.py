@@ -13,6 +13,7 @@ from vqkernels.quantize.kmeans import limits, lloyd, minibatch, seeding, spheric
 from vqkernels.quantize.kmeans.block import Block
 from vqkernels.quantize.kmeans.coding import Distance, codes_of, point_errors
 from vqkernels.quantize.kmeans.given import Given
+from vqkernels.quantize.kmeans.learning import learn
 from vqkernels.quantize.kmeans.medians import median_rule
 from vqkernels.quantize.kmeans.medoids import medoid_numbers, medoid_rule
 from vqkernels.quantize.recipe import Recipe
@@ -155,9 +156,6 @@ def _rule(block: Block, given: Given, recipe: Recipe, *, sphere: bool) -> lloyd.
 
 def _learn(given: Given, entries: int, recipe: Recipe, seed: _Seed) -> Tensor:
     """Entries by gradient, from the same first ones."""
-    # here, because that module codes its batches with this package
-    from vqkernels.quantize.gradient import learn
-
     draws = np.random.default_rng(seed)
     with workers() as pool:
         blocks = (Block.of(some.points, some.weights, pool) for _, some in given.parts())
