@@ -94,6 +94,15 @@ def test_the_error_never_rises(fields, kind):
     assert lost(target, spec, *tuned) <= before * (1 + 1e-6)
 
 
+def test_what_was_best_on_the_way_is_kept():
+    # steps as large as the values: the last one ends far off
+    target, spec = Target(normal(48, 32)), make()
+    entries, codes = started(target, spec)
+    before = lost(target, spec, entries, codes)
+    tuned = tune(target, spec, entries, codes, Recipe(tune=3, rate=10.0))
+    assert lost(target, spec, *tuned) <= before * (1 + 1e-6)
+
+
 def test_codes_learn_what_the_outputs_need():
     # 0.51 of the error that nearest codes leave
     weight = normal(64, 64)
